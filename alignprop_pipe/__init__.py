@@ -1,0 +1,91 @@
+"""AlignProp for every diffusers pipeline: train a LoRA by backpropagating a reward through the sampler.
+
+The public names are those of `_HOME`. Each is loaded when it is first asked for, so `import alignprop_pipe` is quick
+and needs neither torch nor ComfyUI.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignprop_pipe import errors as errors
+    from alignprop_pipe import rewards as rewards
+    from alignprop_pipe.align import align_steps as align_steps
+    from alignprop_pipe.config import AlignConfig as AlignConfig
+    from alignprop_pipe.config import EvaluationOptions as EvaluationOptions
+    from alignprop_pipe.config import FullBackprop as FullBackprop
+    from alignprop_pipe.config import Hinge as Hinge
+    from alignprop_pipe.config import KeepSteps as KeepSteps
+    from alignprop_pipe.config import LastK as LastK
+    from alignprop_pipe.config import LoraOptions as LoraOptions
+    from alignprop_pipe.config import Maximize as Maximize
+    from alignprop_pipe.config import OptimizerOptions as OptimizerOptions
+    from alignprop_pipe.config import RandomLastK as RandomLastK
+    from alignprop_pipe.config import RecomputeAll as RecomputeAll
+    from alignprop_pipe.config import RecomputeNone as RecomputeNone
+    from alignprop_pipe.config import SamplingOptions as SamplingOptions
+    from alignprop_pipe.config import Target as Target
+    from alignprop_pipe.errors import AlignError as AlignError
+    from alignprop_pipe.evidence import evaluate as evaluate
+    from alignprop_pipe.export import load_adapter as load_adapter
+    from alignprop_pipe.export import save_adapter as save_adapter
+    from alignprop_pipe.pipeline import AlignPropPipeline as AlignPropPipeline
+    from alignprop_pipe.prompts import PromptSet as PromptSet
+    from alignprop_pipe.records import Evidence as Evidence
+    from alignprop_pipe.records import Rollout as Rollout
+    from alignprop_pipe.records import Scores as Scores
+    from alignprop_pipe.records import StepRecord as StepRecord
+    from alignprop_pipe.result import AlignResult as AlignResult
+    from alignprop_pipe.rewards.base import Reward as Reward
+    from alignprop_pipe.rewards.registry import as_reward as as_reward
+    from alignprop_pipe.rewards.registry import parse_reward as parse_reward
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AlignPropPipeline": "alignprop_pipe.pipeline",
+    "AlignResult": "alignprop_pipe.result",
+    "align_steps": "alignprop_pipe.align",
+    "AlignConfig": "alignprop_pipe.config",
+    "LoraOptions": "alignprop_pipe.config",
+    "OptimizerOptions": "alignprop_pipe.config",
+    "SamplingOptions": "alignprop_pipe.config",
+    "EvaluationOptions": "alignprop_pipe.config",
+    "FullBackprop": "alignprop_pipe.config",
+    "LastK": "alignprop_pipe.config",
+    "RandomLastK": "alignprop_pipe.config",
+    "RecomputeAll": "alignprop_pipe.config",
+    "RecomputeNone": "alignprop_pipe.config",
+    "KeepSteps": "alignprop_pipe.config",
+    "Maximize": "alignprop_pipe.config",
+    "Target": "alignprop_pipe.config",
+    "Hinge": "alignprop_pipe.config",
+    "PromptSet": "alignprop_pipe.prompts",
+    "Reward": "alignprop_pipe.rewards.base",
+    "as_reward": "alignprop_pipe.rewards.registry",
+    "parse_reward": "alignprop_pipe.rewards.registry",
+    "Rollout": "alignprop_pipe.records",
+    "StepRecord": "alignprop_pipe.records",
+    "Evidence": "alignprop_pipe.records",
+    "Scores": "alignprop_pipe.records",
+    "evaluate": "alignprop_pipe.evidence",
+    "save_adapter": "alignprop_pipe.export",
+    "load_adapter": "alignprop_pipe.export",
+    "AlignError": "alignprop_pipe.errors",
+    "errors": "alignprop_pipe",
+    "rewards": "alignprop_pipe",
+}
+"""Every public name and the module it comes from; those of `alignprop_pipe` itself are modules."""
+
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]  # a second list would go stale
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}") if home == __name__ else getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

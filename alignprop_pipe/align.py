@@ -1,0 +1,259 @@
+"""The training loop, as a generator of records: prompts -> pictures -> rewards -> loss -> gradient -> adapter.
+
+It writes nothing and prints nothing (DESIGN, D6). All randomness comes from (seed, step, sample) (D5), so the same
+configuration gives the same adapter, whatever the batch is split into.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from alignprop_pipe import lora, stock
+from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.errors import TrainingDiverged
+from alignprop_pipe.evidence import evaluate
+from alignprop_pipe.loss import loss_of
+from alignprop_pipe.prompts import PromptSet
+from alignprop_pipe.records import Evidence, PromptBatch, Rollout, Scores, StepRecord, Videos
+from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.guard import check_reward
+from alignprop_pipe.rewards.registry import parse_reward
+from alignprop_pipe.rollout import autograd_on, rollout
+from alignprop_pipe.seeds import generator_for
+
+
+@dataclass(slots=True)
+class Training:
+    """What changes while the loop runs: the optimizer, and the best adapter so far."""
+
+    pipe: DiffusionPipeline
+    reward: Reward
+    judges: Sequence[Reward]
+    train: PromptSet
+    held_out: PromptSet
+    config: AlignConfig
+    call_kwargs: Mapping[str, Any]
+    denoisers: Mapping[str, nn.Module]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    best: list[Tensor] | None = None
+    best_score: float = -math.inf
+    looks_without_gain: int = 0
+    skipped_in_a_row: int = field(default=0)
+
+
+def align_steps(
+    pipe: DiffusionPipeline,
+    reward: Reward,
+    prompts: PromptSet,
+    config: AlignConfig,
+    call_kwargs: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepRecord]:
+    """Train a new adapter on `pipe`, one optimizer step per record; leaving the loop early keeps what was learned.
+
+    Record 0 carries the evidence before training, where the configuration asks for evidence; the last record carries
+    the evidence after it. With `keep_best` the adapter with the best held-out reward is on the pipeline at the end.
+    `call_kwargs` are arguments of this pipeline alone (`image`, `num_frames`, ...). When `stop()` turns true, the
+    step at hand is the last one.
+
+    Raises PipelineError, PromptError, RewardError at once, TrainingDiverged while iterating.
+    """
+    return _steps(start(pipe, reward, prompts, config, call_kwargs or {}), stop)
+
+
+def _steps(state: Training, stop: Callable[[], bool]) -> Iterator[StepRecord]:
+    config = state.config
+    try:
+        if config.evaluation.eval_prompts:
+            yield first_look(state)
+        for step in range(1, config.steps + 1):
+            record = optimizer_step(state, step, stop)
+            yield record
+            if stop() or (state.looks_without_gain and state.looks_without_gain == config.evaluation.patience):
+                break
+    finally:
+        if state.best is not None:
+            lora.restore(state.denoisers, state.best)
+
+
+def start(
+    pipe: DiffusionPipeline, reward: Reward, prompts: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
+) -> Training:
+    """Check everything that can be checked before the first step, then put the adapter on."""
+    denoisers = stock.denoisers(pipe)
+    device = stock.device_of(pipe)
+    train, held_out = prompts.split(config.evaluation.eval_prompts, config.seed)
+    judges = [parse_reward(text).to(device) for text in config.evaluation.judges]
+    reward = reward.to(device)
+    sample = train.batch(config.seed, 0, 2)
+    check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
+    lora.attach(denoisers, config.lora, config.seed)
+    parameters = lora.trainable(denoisers)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
+    needs_scaling = config.mixed_precision == "fp16" or stock.is_half(pipe)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=needs_scaling)
+    return Training(
+        pipe, reward, judges, train, held_out, config, call_kwargs, denoisers, parameters, optimizer, scaler
+    )
+
+
+def dry_pictures(device: torch.device) -> Tensor:
+    """Two grey noisy pictures, for the reward's dry call."""
+    return (0.5 + 0.1 * torch.randn(2, 3, 64, 64, generator=generator_for("evidence", 0))).clamp(0, 1).to(device)
+
+
+# --- one optimizer step ----------------------------------------------------------------------------------------------------
+
+
+def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda: False) -> StepRecord:
+    """Roll out, score, and step; a loss or gradient that is not finite leaves the adapter as it was."""
+    began = time.perf_counter()
+    config = state.config
+    whole = state.train.batch(config.seed, step, config.batch_size * config.gradient_accumulation_steps)
+    results = []
+    with stock.frozen_for_training(state.pipe, state.parameters):
+        for first in range(0, len(whole.prompts), config.batch_size):
+            results.append(accumulate(state, step, first, whole))
+        norm = clipped_norm(state)
+    losses, scores, graded, distances = zip(*results, strict=True)
+    loss = sum(losses)
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    apply_gradient(state, skipped)
+    names = scores[0].parts
+    return StepRecord(
+        step=step,
+        loss=loss,
+        reward=torch.cat([score.total for score in scores]).mean().item(),
+        parts={name: torch.cat([score.parts[name] for score in scores]).float().mean().item() for name in names},
+        grad_norm=norm,
+        distance=None if distances[0] is None else sum(distances) / len(distances),
+        graded=tuple(graded[0]),
+        seconds=time.perf_counter() - began,
+        memory_mb=memory_mb(stock.device_of(state.pipe)),
+        skipped=skipped,
+        evidence=look(state, step) if is_look(config, step, stop()) else None,
+    )
+
+
+def accumulate(state: Training, step: int, first: int, whole: PromptBatch) -> tuple[float, Scores, range, float | None]:
+    """One batch: its gradient is added, scaled so that the batches of a step count as one large batch."""
+    config = state.config
+    part = slice(first, first + config.batch_size)
+    batch = PromptBatch(whole.prompts[part], {name: list(values)[part] for name, values in whole.targets.items()})
+    noise = [generator_for("noise", config.seed, step, first + i) for i in range(len(batch.prompts))]
+    share = len(batch.prompts) / len(whole.prompts)
+    with autograd_on():
+        with autocast(state):
+            # One draw of K for all pictures of a step: their calls share the graph, and a split batch draws the same.
+            made = rollout(
+                state.pipe, batch, config, noise, generator_for("truncation", config.seed, step), **state.call_kwargs
+            )
+        scores = score_pictures(state.reward, made, batch)
+        loss = loss_of(config.loss, scores.total)
+        if made.distance is not None:
+            loss = loss + config.distance_weight * made.distance
+        state.scaler.scale(loss * share).backward()
+    distance = None if made.distance is None else made.distance.item()
+    kept = Scores(scores.total.detach(), {name: part.detach() for name, part in scores.parts.items()})
+    return loss.item() * share, kept, made.graded, distance
+
+
+def autocast(state: Training) -> AbstractContextManager[Any]:
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(state.config.mixed_precision)
+    return nullcontext() if precision is None else torch.autocast(stock.device_of(state.pipe).type, precision)
+
+
+def score_pictures(reward: Reward, made: Rollout, batch: PromptBatch) -> Scores:
+    """Scores in float32; a video is scored frame by frame and gets the mean of its frames."""
+    images = made.images if made.images.dtype == torch.float64 else made.images.float()
+    if images.ndim == 4:
+        return reward(images, batch.prompts, batch.targets)
+    return score_frames(reward, images, batch)
+
+
+def score_frames(reward: Reward, videos: Videos, batch: PromptBatch) -> Scores:
+    frames = videos.shape[1]
+    prompts = [prompt for prompt in batch.prompts for _ in range(frames)]
+    targets = {name: [value for value in values for _ in range(frames)] for name, values in batch.targets.items()}
+    scores = reward(videos.flatten(0, 1), prompts, targets)
+    means = {name: part.unflatten(0, (-1, frames)).mean(1) for name, part in scores.parts.items()}
+    return Scores(scores.total.unflatten(0, (-1, frames)).mean(1), means)
+
+
+def clipped_norm(state: Training) -> float:
+    state.scaler.unscale_(state.optimizer)
+    return torch.nn.utils.clip_grad_norm_(state.parameters, state.config.optimizer.max_grad_norm).item()
+
+
+def apply_gradient(state: Training, skipped: bool) -> None:
+    if skipped:
+        state.skipped_in_a_row += 1
+    else:
+        state.skipped_in_a_row = 0
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.skipped_in_a_row >= state.config.max_skipped:
+        raise TrainingDiverged(
+            f"{state.skipped_in_a_row} steps in a row had a loss or gradient that was not finite. The adapter is the "
+            "last good one. Try a lower --lr, --truncation last:1, --max-grad-norm 1, or bfloat16 instead of float16"
+        )
+
+
+# --- evidence -----------------------------------------------------------------------------------------------------------------
+
+
+def is_look(config: AlignConfig, step: int, stopping: bool) -> bool:
+    """Whether the held-out pictures are rendered after this step: the last one, and every `eval_every`."""
+    every = config.evaluation.eval_every
+    last = stopping or step == config.steps
+    return config.evaluation.eval_prompts > 0 and (last or (every > 0 and step % every == 0))
+
+
+def first_look(state: Training) -> StepRecord:
+    """Record 0: the held-out pictures of the base model."""
+    return StepRecord(
+        step=0,
+        loss=math.nan,
+        reward=math.nan,
+        parts={},
+        grad_norm=math.nan,
+        distance=None,
+        graded=(),
+        seconds=0.0,
+        memory_mb=memory_mb(stock.device_of(state.pipe)),
+        evidence=look(state, 0),
+    )
+
+
+def look(state: Training, step: int) -> Evidence:
+    """Render and score the held-out prompts; remember the adapter if it is the best so far."""
+    evidence = evaluate(
+        state.pipe, state.reward, state.judges, state.held_out, state.config, step, **state.call_kwargs
+    )
+    if step > 0 and evidence.reward > state.best_score:
+        state.best_score, state.looks_without_gain = evidence.reward, 0
+        state.best = lora.snapshot(state.denoisers) if state.config.evaluation.keep_best else None
+    elif step > 0:
+        state.looks_without_gain += 1
+    return evidence
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory of the accelerator, or the size of this process on a CPU, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20

@@ -1,0 +1,323 @@
+"""The command `alignprop`: train, sample, and lists of what can be asked for.
+
+Commands translate: flags to values, values to calls, records to lines. torch loads inside them, so `--help` is quick.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from alignprop_pipe.cli import console
+from alignprop_pipe.cli.drawing import Sheet, default_out, draw
+from alignprop_pipe.cli.opening import is_model, open_pipeline
+from alignprop_pipe.cli.options import (
+    BUNDLED,
+    ListRequest,
+    SampleRequest,
+    TrainRequest,
+    config_for,
+    default_preset,
+    options_from,
+)
+from alignprop_pipe.config import AlignConfig, SamplingOptions
+
+if TYPE_CHECKING:
+    from alignprop_pipe.result import AlignResult
+    from alignprop_pipe.rewards.base import Reward
+
+
+class Commands(TyperGroup):
+    """All commands, with one place where errors become sentences and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with console.translated(ctx):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXAMPLES = """[bold]Examples[/]
+
+alignprop train
+
+alignprop sample --adapter runs/my-run --compare
+
+alignprop train MODEL --reward "clip + 0.1*jpeg" --prompts prompts.txt --steps 100"""
+
+TRAIN_EXAMPLES = """[bold]Examples[/]
+
+alignprop train                                     [dim]# the bundled model, 3 minutes on a laptop[/]
+
+alignprop train --reward jpeg --steps 20 --out runs/blocky
+
+alignprop train stable-diffusion-v1-5/stable-diffusion-v1-5 --reward clip --prompts animals --preset fast
+
+alignprop train MODEL --reward my_reward.py:score --prompts prompts.txt --dry-run
+
+alignprop train MODEL --config runs/my-run/config.json --seed 1"""
+
+SAMPLE_EXAMPLES = """[bold]Examples[/]
+
+alignprop sample                                    [dim]# eight pictures of the bundled model[/]
+
+alignprop sample "two dogs on a blue background" --num 4 --seed 7
+
+alignprop sample --adapter runs/my-run --compare    [dim]# base and aligned side by side[/]
+
+alignprop sample MODEL "a fox in the snow" --adapter adapter.safetensors --scale 0.8"""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from alignprop_pipe import __version__
+
+        typer.echo(f"alignprop-pipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EXAMPLES)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="say the version and stop")
+    ] = False,
+) -> None:
+    """Align a text-to-image model to a reward, and get a LoRA that loads everywhere."""
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+@options_from(TrainRequest, AlignConfig)
+def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
+    """Train an adapter on MODEL that makes its pictures score higher, and write a run folder.
+
+    Ctrl-C stops after the current step and saves everything. With MODEL 'emoji', which is bundled and the default,
+    nothing else is needed; other models need --reward and --prompts.
+    """
+    output = console.Output(quiet=request.quiet, json=request.json)
+    config = config_for(request.model, request.preset, request.config, settings)
+    expression, source = _reward_text(request), _prompts(request)
+    with console.waiting(output, f"loading reward {expression}"):
+        console.quiet_libraries(output)
+        from alignprop_pipe.prompts import PromptSet
+        from alignprop_pipe.rewards.registry import parse_reward
+
+        prompts, reward = PromptSet.load(source), parse_reward(expression)
+    if config.evaluation.judges and not (prompts.targets or "judges" in settings or request.config):
+        output.say("these prompts come without targets, which the preset's judge needs: no judge watches this run")
+        config = config.replace(judges=())
+    pipe = open_pipeline(request.model, request, output)
+    if request.dry_run:
+        return _forecast(output, pipe, config, reward)
+    out = request.out or default_out(expression)
+    held_out = len(prompts.split(config.evaluation.eval_prompts, config.seed)[1])
+    with console.Progress(output, config, held_out) as progress:
+        result = pipe.align(reward, source, config, out=out, on_step=progress.on_step)
+    _tell(output, request, result)
+    if result.interrupted:
+        raise typer.Exit(console.INTERRUPTED)
+
+
+def _reward_text(request: TrainRequest) -> str:
+    if request.reward is not None:
+        return request.reward
+    if request.model == BUNDLED:
+        return "clip"
+    raise typer.BadParameter(
+        f"what should pictures of {request.model!r} be scored by? Give --reward, for example --reward clip "
+        "(list: alignprop rewards)",
+        param_hint="--reward",
+    )
+
+
+def _prompts(request: TrainRequest) -> str | list[str]:
+    if request.prompts is not None and request.prompt:
+        raise typer.BadParameter("give --prompts or --prompt, not both", param_hint="--prompt")
+    source = request.prompts or request.prompt or (BUNDLED if request.model == BUNDLED else None)
+    if source is None:
+        raise typer.BadParameter(
+            f"what should {request.model!r} draw in training? Give --prompts, a file or the name of a set, for "
+            "example --prompts animals (list: alignprop prompts)",
+            param_hint="--prompts",
+        )
+    return source
+
+
+def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "Reward") -> None:
+    """What would run, and what it costs."""
+    from alignprop_pipe.memory import forecast
+
+    with console.waiting(output, "measuring one step"):
+        cost = forecast(pipe, config, reward)
+    seconds = cost.seconds_per_step * config.steps
+    pictures = config.batch_size * config.gradient_accumulation_steps
+    rows = [
+        ("pipeline", type(pipe).__name__),
+        ("device, number format", f"{pipe.device}, {str(pipe.dtype).removeprefix('torch.')}"),
+        ("reward", str(reward)),
+        ("optimizer steps", f"{config.steps}, {pictures} pictures each"),
+        ("trainable parameters", f"{cost.trainable_parameters:,}"),
+        ("denoiser calls a step", f"{cost.denoiser_calls_per_step:g}"),
+        ("memory", f"about {cost.memory_mb:,.0f} MB"),
+        ("time", f"about {console.duration(cost.seconds_per_step)} a step, {console.duration(seconds)} in all"),
+    ]
+    output.table("What would run", ("", ""), rows)
+    output.record(
+        "forecast", {**console.plain(cost), "steps": config.steps, "seconds": seconds, "config": config.to_dict()}
+    )
+    if output.quiet and not output.json:
+        output.result(f"{rows[-2][1]}, {rows[-1][1]}")
+
+
+def _tell(output: console.Output, request: TrainRequest, result: "AlignResult") -> None:
+    """The summary: what changed on the held-out prompts, where everything is, and what to try next."""
+    if result.before is not None and result.after is not None:
+        rows = [_change_row(name, *change) for name, change in result.changes.items()]
+        rows += [("diversity", f"{result.before.diversity:.4g}", f"{result.after.diversity:.4g}", "")]
+        title = f"{len(result.after.prompts)} held-out prompts, same noise"
+        output.table(title, ("", "before", "after", "change"), rows, numbers=True)
+    output.say(f"{result.stopped or 'done'}, {console.duration(result.seconds)}")
+    files = {name: path for name, path in _files(result).items() if path.exists()}
+    for name, path in files.items():
+        output.result(f"{name + ':':<14}{path}")
+    if result.adapter_path is not None:
+        output.say(f"next:         {_next_command(request.model, result)}")
+    held_out = {name: change._asdict() for name, change in result.changes.items()}
+    facts = {
+        "interrupted": result.interrupted,
+        "stopped": result.stopped,
+        "seconds": result.seconds,
+        "steps": result.steps,
+    }
+    output.record("result", {**facts, "held_out": held_out, "run_folder": result.run_folder, "files": files})
+
+
+def _change_row(name: str, before: float, after: float, difference: float, error: float) -> tuple[str, ...]:
+    return name, f"{before:.4g}", f"{after:.4g}", f"{difference:+.3g} ± {error:.2g}"
+
+
+def _files(result: "AlignResult") -> dict[str, Path]:
+    files = {} if result.adapter_path is None else {"adapter": result.adapter_path}
+    if result.run_folder is not None:
+        files["before, after"] = result.run_folder / "before-after.png"
+        files["report"] = result.run_folder / "report.html"
+        files["all of it"] = result.run_folder
+    return files
+
+
+def _next_command(model: str, result: "AlignResult") -> str:
+    """The command that shows the adapter's work; settings that differ from the model's preset are spelled out."""
+    usual, used = AlignConfig.preset(default_preset(model)).sampling, result.config.sampling
+    words = ["alignprop", "sample", *([] if model == BUNDLED else [model])]
+    words += ["--adapter", str(result.adapter_path), "--compare"]
+    for name in ("num_inference_steps", "guidance_scale", "height", "width"):
+        if getattr(used, name) != getattr(usual, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(used, name))]
+    prompts = result.after.prompts[:1] if result.after is not None and model != BUNDLED else ()
+    return shlex.join([*words, *prompts])
+
+
+# --- sample ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=SAMPLE_EXAMPLES)
+@options_from(SampleRequest, SamplingOptions)
+def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
+    """Draw pictures with MODEL, with or without an adapter, into PNG files and a grid.
+
+    Prompt, seed, adapter and settings stand in the text chunks of each file. A picture depends on the seed, its
+    prompt and its number alone, whatever else is drawn with it.
+    """
+    output = console.Output(quiet=request.quiet, json=request.json)
+    words = request.words or []
+    model, prompts = (words[0], words[1:]) if words and is_model(words[0]) else (BUNDLED, words)
+    sampling = config_for(model, None, None, settings).sampling
+    adapter = _adapter_file(request)
+    prompts = prompts or _default_prompts(model, request.seed)
+    pipe = open_pipeline(model, request, output)
+    sheet = Sheet.begin(request, model, sampling, adapter)
+    with console.waiting(output, f"drawing {len(prompts) * request.num} pictures"):
+        files = draw(pipe, prompts, sheet, output)
+    output.result(f"{len(files) - 1} pictures in {request.out}, all on {files[-1]}")
+
+
+def _adapter_file(request: SampleRequest) -> Path | None:
+    if request.adapter is None:
+        if request.compare or request.scale is not None:
+            flag = "--compare" if request.compare else "--scale"
+            raise typer.BadParameter("an adapter is needed: add --adapter FILE", param_hint=flag)
+        return None
+    path = request.adapter.expanduser()
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {str(path)!r}", param_hint="--adapter")
+    return path
+
+
+def _default_prompts(model: str, seed: int) -> list[str]:
+    if model != BUNDLED:
+        raise typer.BadParameter(
+            f'what should {model!r} draw? Write it behind the model, for example: alignprop sample {model} "a dog"',
+            param_hint="PROMPT",
+        )
+    from alignprop_pipe.prompts import PromptSet
+
+    return PromptSet.load(BUNDLED).batch(seed, 0, 8).prompts
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@options_from(ListRequest)
+def rewards(request: ListRequest) -> None:
+    """List the rewards that --reward takes by name."""
+    from alignprop_pipe.rewards.registry import REGISTRY
+
+    entries = REGISTRY.values()
+    rows = [{"name": e.name, "summary": e.summary, "licence": e.licence, "size_mb": e.size_mb} for e in entries]
+    _list(request, rows, "add, scale and negate them: 'clip + 0.1*jpeg'; or your own: file.py:function")
+
+
+@app.command()
+@options_from(ListRequest)
+def models(request: ListRequest) -> None:
+    """List the models that ship inside."""
+    from alignprop_pipe.bundled import MODELS
+
+    rows = [{"name": m.name, "summary": m.summary, "licence": m.licence, "size_mb": m.size_mb} for m in MODELS]
+    _list(request, rows, "'train' and 'sample' also take an id of the Hugging Face hub, a diffusers folder or a file")
+
+
+@app.command()
+@options_from(ListRequest)
+def prompts(request: ListRequest) -> None:
+    """List the prompt sets that --prompts takes by name."""
+    from alignprop_pipe.prompts import named_sets
+
+    rows = [
+        {"name": name, "prompts": len(found), "first": found.prompts[0], "targets": ", ".join(found.targets)}
+        for name, found in named_sets().items()
+    ]
+    _list(request, rows, "or a file: .txt with a prompt a line, .jsonl or .csv with a column 'prompt'")
+
+
+def _list(request: ListRequest, rows: list[dict[str, Any]], more: str) -> None:
+    output = console.Output(quiet=request.json, json=request.json)
+    for row in rows:
+        output.record("entry", row)
+    titles = [name.replace("size_mb", "MB") for name in rows[0]]
+    texts = [[f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    output.table("", titles, texts)
+    output.say(more)

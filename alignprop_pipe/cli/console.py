@@ -1,0 +1,339 @@
+"""Everything the commands say, and the one table from an exception to advice and exit code.
+
+`Output` knows where talk, records and results go; `Progress` is the live line of a run; `translated` turns errors
+into a sentence and an exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.errors import AlignError, ConfigError, PromptError, RewardError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+PATIENCE_AFTER_SIGTERM = 5
+"""Seconds for the current step to end after SIGTERM; then the run is stopped within the step."""
+
+
+class Output:
+    """Where words go. Talk: stdout, or stderr beside `--json`; nothing of it with `--quiet`. Errors: stderr."""
+
+    def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+        self.quiet = quiet
+        self.json = json
+        self.console = _rich_console(stderr=json)
+
+    @property
+    def live(self) -> bool:
+        """Whether lines may be drawn over: talk is on, and goes to a terminal."""
+        return not self.quiet and self.console.is_terminal
+
+    def say(self, text: str) -> None:
+        """A line of talk."""
+        if not self.quiet:
+            self._line(text)
+
+    def result(self, text: str) -> None:
+        """A line that stays under `--quiet`."""
+        self._line(text)
+
+    def record(self, kind: str, values: Mapping[str, Any]) -> None:
+        """One JSON line on stdout, under `--json` only."""
+        if self.json:
+            typer.echo(json.dumps({"type": kind, **plain(values)}, allow_nan=False))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> None:
+        """A table of talk; `numbers` sets all columns but the first flush right."""
+        if not self.quiet:
+            self.console.print(table(title, columns, rows, numbers=numbers))
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False
+) -> "RenderableType":
+    """A table without vertical lines; texts are taken word for word."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for place, name in enumerate(columns):
+        made.add_column(name, justify="right" if numbers and place else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def _rich_console(*, stderr: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: records as dicts without pictures, numbers that are not finite as None, paths as text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "images"}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """The line of a run: a bar that is drawn over on a terminal, else one plain line for each step.
+
+    `on_step` takes every StepRecord of the run; step 0 is the look at the held-out prompts before the training.
+    """
+
+    def __init__(self, output: Output, config: AlignConfig, pictures: int) -> None:
+        self.output = output
+        self.steps = config.steps
+        self.every = config.evaluation.eval_every
+        self.pictures = pictures
+        self.held_out = ""
+        self.seconds: list[float] = []
+        self._bar: Any = _bar(output.console) if output.live else None
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=None, note="")
+        self.doing(f"rendering {self.pictures} held-out pictures" if self.pictures else "training")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def doing(self, text: str) -> None:
+        """Say what is going on now."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self.output.say(text)
+
+    def on_step(self, record: Any) -> None:
+        """Show one StepRecord."""
+        self.output.record("step", plain(record))
+        if record.evidence is not None:
+            self.held_out = held_out_text(record.evidence)
+        if record.step:
+            self.seconds.append(record.seconds)
+        self._show(record)
+
+    def _show(self, record: Any) -> None:
+        if self._bar is None:
+            self.output.say(self._plain_line(record))
+            return
+        if record.evidence is not None:
+            self.output.say(f"step {record.step}: held-out {self.held_out}")
+        if record.skipped:
+            self.output.say(f"step {record.step}: skipped, loss or gradient not finite")
+        words = [f"reward {record.reward:.4g}"] if record.step else []
+        words += [f"held-out {self.held_out}"] if self.held_out else []
+        words += [f"{record.memory_mb:.0f} MB"]
+        doing = f"training, {self.pictures} held-out pictures" if self._looks(record.step + 1) else "training"
+        self._bar.update(self._task, description=doing, total=self.steps, completed=record.step, note="  ".join(words))
+
+    def _looks(self, step: int) -> bool:
+        """Whether the held-out pictures are rendered in this step too, which takes its time."""
+        return self.pictures > 0 and (step == self.steps or (self.every > 0 and step % self.every == 0))
+
+    def _plain_line(self, record: Any) -> str:
+        if record.step == 0:
+            return f"before: held-out {self.held_out}"
+        left = sum(self.seconds) / len(self.seconds) * (self.steps - record.step)
+        words = [f"step {record.step}/{self.steps}", f"reward {record.reward:.4g}", f"loss {record.loss:.4g}"]
+        words += [f"held-out {self.held_out}"] if record.evidence is not None else []
+        words += [f"{record.seconds:.2f} s", f"{record.memory_mb:.0f} MB", f"ETA {duration(left)}"]
+        return "  ".join(words) + ("  SKIPPED: loss or gradient not finite" if record.skipped else "")
+
+
+def held_out_text(evidence: Any) -> str:
+    """`0.231, emoji_judge 0.55, diversity 0.30`."""
+    judges = [f"{name} {value:.3g}" for name, value in evidence.judges.items() if "." not in name]
+    return ", ".join([f"{evidence.reward:.4g}", *judges, f"diversity {evidence.diversity:.3g}"])
+
+
+def _bar(console: "Console") -> Any:
+    from rich import progress
+
+    text = progress.TextColumn
+    columns = (text("{task.description}"), progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
+    times = (progress.TimeElapsedColumn(), text("ETA"), progress.TimeRemainingColumn())
+    return progress.Progress(*columns, *times, text("{task.fields[note]}", markup=False), console=console)
+
+
+@contextlib.contextmanager
+def waiting(output: Output, text: str) -> Iterator[None]:
+    """A spinner on a terminal, else a plain line, while something takes its time."""
+    if output.live:
+        with output.console.status(text):
+            yield
+    else:
+        output.say(text)
+        yield
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: the run ends after the current step and saves everything.
+
+    What sent it will kill soon, so a step that takes longer than `PATIENCE_AFTER_SIGTERM` is broken off.
+    """
+
+    def interrupt(number: int, _frame: object) -> None:
+        if number == signal.SIGTERM and hasattr(signal, "alarm"):
+            signal.alarm(PATIENCE_AFTER_SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    numbers = [signal.SIGTERM, *([signal.SIGALRM] if hasattr(signal, "SIGALRM") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+MEMORY_ADVICE = (
+    "out of memory: make fewer pictures at once (--batch-size 1, with a larger --gradient-accumulation-steps), keep "
+    "--checkpointing all, make them smaller (--height, --width), or use --dtype bfloat16; 'alignprop train --dry-run' "
+    "forecasts the memory"
+)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
+
+
+ADVICE: tuple[tuple[Callable[[BaseException], bool], int, Callable[[BaseException], str]], ...] = (
+    (lambda e: isinstance(e, ConfigError | PromptError) or type(e) is RewardError, WRONG_USE, str),
+    (lambda e: isinstance(e, AlignError), FAILED, str),
+    (lambda e: isinstance(e, MemoryError) or _is_out_of_memory(e), FAILED, lambda _: MEMORY_ADVICE),
+    (lambda e: isinstance(e, OSError), FAILED, str),
+    (
+        lambda _: True,
+        FAILED,
+        lambda e: f"unexpected {type(e).__name__}: {_first_line(e)}; run it again with --debug to see where",
+    ),
+)
+"""The first row whose test holds: exit code and what is said."""
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error, and the sentence for it."""
+    return next((code, say(error)) for test, code, say in ADVICE if test(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+@contextlib.contextmanager
+def translated(context: typer.Context) -> Iterator[None]:
+    """Turn what escapes a command into a line on stderr and an exit code; the traceback only where asked for."""
+    context.ensure_object(dict)
+    try:
+        with sigterm_as_interrupt():
+            yield
+    except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if context.obj.get("debug") or os.environ.get("ALIGNPROP_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        code, text = verdict(error)
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(code) from error
+
+
+# --- other people's noise --------------------------------------------------------------------------------------------
+
+
+def quiet_libraries(output: Output) -> None:
+    """Let the libraries speak of errors only, and pass our own warnings on as notes on stderr."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    if not output.live:
+        disable_progress_bars()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    home = str(Path(__file__).parents[1])
+
+    def note(message: Warning | str, _category: type, filename: str, *_: Any, **__: Any) -> None:
+        if filename.startswith(home):
+            typer.echo(f"note: {message}", err=True)
+
+    warnings.showwarning = note
+    if output.quiet:
+        warnings.simplefilter("ignore")
+    ours = logging.getLogger("alignprop_pipe")
+    ours.handlers = [_Notes()]
+    ours.setLevel(logging.ERROR if output.quiet else logging.WARNING)
+    ours.propagate = False
+
+
+class _Notes(logging.Handler):
+    """What the package logs, as notes on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"note: {record.getMessage()}", err=True)

@@ -1,0 +1,86 @@
+"""From what was typed to a pipeline on a device: the model's id, the device, the number format."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alignprop_pipe.cli.console import Output, quiet_libraries, waiting
+from alignprop_pipe.cli.options import BUNDLED, Common
+from alignprop_pipe.errors import PipelineError
+
+if TYPE_CHECKING:
+    import torch
+
+    from alignprop_pipe.pipeline import AlignPropPipeline
+
+SINGLE_FILES = (".safetensors", ".ckpt")
+
+
+def is_model(word: str) -> bool:
+    """Whether a word on the command line names a model: 'emoji', org/name, a path, a diffusers folder or a file."""
+    return (
+        word == BUNDLED
+        or word.endswith(SINGLE_FILES)
+        or re.fullmatch(r"[\w.-]+/[\w.-]+", word) is not None
+        or re.match(r"(~|\.{0,2})/\S+$", word) is not None
+        or (len(word) < 1000 and (Path(word) / "model_index.json").is_file())
+    )
+
+
+def open_pipeline(model: str, request: Common, output: Output) -> "AlignPropPipeline":
+    """Load `model`, on the device and in the number format that were asked for. Raises PipelineError."""
+    with waiting(output, f"loading {model}"):
+        quiet_libraries(output)
+        device = find_device(request.device)
+        pipe = _load(model, find_dtype(request.dtype, device))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
+
+
+def find_device(text: str) -> "torch.device":
+    """`auto`, or a device of torch that is there. Raises typer.BadParameter."""
+    import torch
+
+    present = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if text == "auto":
+        return torch.device(present[0])
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    count = torch.cuda.device_count() if device is not None and device.type == "cuda" else 1
+    if device is None or device.type not in present or (device.index or 0) >= count:
+        raise typer.BadParameter(f"there is no device {text!r} here; use one of: auto, {', '.join(present)}")
+    return device
+
+
+def find_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
+    """The number format that was asked for; else float16 on cuda, and float32 elsewhere."""
+    import torch
+
+    return getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
+
+
+def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
+    from alignprop_pipe.pipeline import AlignPropPipeline
+
+    source = str(Path(model).expanduser()) if model.startswith("~") else model
+    load: Any = AlignPropPipeline.from_pretrained
+    if source.endswith(SINGLE_FILES):
+        load = AlignPropPipeline.from_single_file
+    try:
+        return load(source, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise PipelineError(_not_loaded(model, error)) from error
+
+
+def _not_loaded(model: str, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    where = "folder" if Path(model).is_dir() else "file" if Path(model).is_file() else "model id"
+    return (
+        f"{where} {model!r} could not be loaded as a diffusers pipeline: {reason} "
+        "Name 'emoji' (bundled), an id of the Hugging Face hub like stable-diffusion-v1-5/stable-diffusion-v1-5, a "
+        "folder with a model_index.json, or a .safetensors file"
+    )

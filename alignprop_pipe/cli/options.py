@@ -1,0 +1,242 @@
+"""Flags made from dataclasses: names, defaults and help texts come from the fields, so no second set can drift.
+
+`options_from` gives a command its flags; `config_for` lays them over the preset and the configuration file.
+"""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from alignprop_pipe.config import FIELD_PATHS, PARTS, PRESETS, AlignConfig
+from alignprop_pipe.errors import ConfigError
+
+BUNDLED = "emoji"
+"""The id of the bundled model, and the name of its preset and of its prompts."""
+
+PANELS = {None: "Run", "lora": "LoRA", "optimizer": "Optimizer", "sampling": "Sampling", "evaluation": "Evaluation"}
+OUTPUT = "Device and output"
+
+Command = Callable[..., None]
+
+
+def _remember_debug(context: typer.Context, value: bool) -> bool:
+    context.find_root().ensure_object(dict)["debug"] = value
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """What `train` and `sample` share: where to compute, and how much to say."""
+
+    device: Annotated[
+        str, typer.Option(help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps", rich_help_panel=OUTPUT)
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(
+            help="number format of the frozen model (default: float16 on cuda, else float32)", rich_help_panel=OUTPUT
+        ),
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only the last lines", rich_help_panel=OUTPUT)] = False
+    json: Annotated[
+        bool, typer.Option("--json", help="records as JSON lines on stdout, talk on stderr", rich_help_panel=OUTPUT)
+    ] = False
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="show the traceback of an error (also ALIGNPROP_DEBUG=1)",
+            rich_help_panel=OUTPUT,
+            callback=_remember_debug,
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest(Common):
+    """What `alignprop train` is asked for, beside the settings of AlignConfig."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="'emoji' (bundled), a model id of the Hugging Face hub, a diffusers folder, or a .safetensors file"
+        ),
+    ] = BUNDLED
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="what to maximise: 'clip', 'clip + 0.1*jpeg', 'file.py:function'; see 'alignprop rewards' "
+            "(emoji: clip)"
+        ),
+    ] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="a .txt, .jsonl or .csv file, or a set; see 'alignprop prompts' (emoji: emoji)"),
+    ] = None
+    prompt: Annotated[list[str] | None, typer.Option(help="one prompt; may be repeated, instead of --prompts")] = None
+    out: Annotated[Path | None, typer.Option(help="the run folder (default: runs/<date-time>-<reward>)")] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"starting point: {', '.join(PRESETS)} (default: emoji for the bundled model, else paper)",
+            autocompletion=lambda: list(PRESETS),
+        ),
+    ] = None
+    config: Annotated[
+        Path | None, typer.Option(help="settings from a .toml or .json file; over the preset, under the flags")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would run, how long and in how much memory; train nothing")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest(Common):
+    """What `alignprop sample` is asked for, beside SamplingOptions."""
+
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]...",
+            help="the first word is the model if it is 'emoji', a diffusers folder, like org/name, a path, or ends in "
+            ".safetensors; everything else is a prompt, drawn by the bundled model if none is named",
+        ),
+    ] = None
+    adapter: Annotated[Path | None, typer.Option(help="an adapter.safetensors, or the run folder that holds it")] = None
+    scale: Annotated[float | None, typer.Option(help="strength of the adapter [default: 1.0]")] = None
+    compare: Annotated[bool, typer.Option("--compare", help="base and aligned side by side, from the same noise")] = (
+        False
+    )
+    seed: Annotated[int, typer.Option(help="the pictures' only source of randomness", min=0, max=2**63 - 1)] = 0
+    num: Annotated[int, typer.Option(help="pictures for each prompt", min=1)] = 1
+    batch_size: Annotated[int, typer.Option(help="pictures made at once", min=1)] = 4
+    out: Annotated[Path, typer.Option(help="folder for the pictures; nothing in it is overwritten")] = Path("samples")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListRequest:
+    """What the listing commands are asked for."""
+
+    json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False
+
+
+def options_from(request: type, settings: type | None = None) -> Callable[[Command], Command]:
+    """Give a command the fields of `request` as parameters, and those of `settings` as optional flags.
+
+    The command is called with one `request` and, where `settings` is given, with a dict of the flags that were set.
+    """
+    own = [inspect.Parameter(f.name, _KEYWORD, default=f.default, annotation=f.type) for f in fields(request)]
+    flags = [] if settings is None else [_flag(name, part, spec) for name, part, spec in _specs(settings)]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def edge(**values: Any) -> None:
+            asked = request(**{p.name: values.pop(p.name) for p in own})
+            given = {name: _from_flag(value) for name, value in values.items() if value is not None}
+            return command(asked) if settings is None else command(asked, given)
+
+        parameters = [*own, *flags]
+        edge.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue] - functions take it
+        edge.__annotations__ = {p.name: p.annotation for p in parameters}
+        return edge
+
+    return decorate
+
+
+def config_for(model: str, preset: str | None, file: Path | None, flags: Mapping[str, Any]) -> AlignConfig:
+    """The preset, under the configuration file, under the flags. Raises ConfigError."""
+    config = AlignConfig.preset(preset or default_preset(model))
+    if file is not None:
+        config = AlignConfig.load(file, config)
+    return config.replace(**flags)
+
+
+def default_preset(model: str) -> str:
+    """The preset that fits a model: its own for the bundled one, else the paper's."""
+    return BUNDLED if model == BUNDLED else "paper"
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _specs(settings: type) -> list[tuple[str, str | None, Field]]:
+    """The single settings of AlignConfig, or of one of its parts: name, part, field."""
+    parts = [part for part, kind in PARTS.items() if kind is settings]
+    return [(name, part, spec) for name, (part, spec) in FIELD_PATHS.items() if not parts or part in parts]
+
+
+def _flag(name: str, part: str | None, spec: Field) -> inspect.Parameter:
+    parse = spec.metadata["parse"]
+    info = typer.Option(
+        f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if spec.type is bool else ""),
+        help=_help(name, spec),
+        rich_help_panel=PANELS[part],
+        show_default=False,
+        parser=None if parse is None else _parser(parse),
+        # Choices stand in the help text; spelled out here they would push long names of flags out of the panel.
+        metavar="TEXT" if parse is not None or typing.get_origin(spec.type) is Literal else None,
+    )
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=Annotated[_flag_type(spec) | None, info])
+
+
+def _flag_type(spec: Field) -> Any:
+    """The field's type as Typer takes it: without None, a tuple of any length as a list, a choice as text."""
+    if spec.metadata["parse"] is not None:
+        return str
+    kind: Any = spec.type
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    if union:
+        (kind,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
+    if typing.get_origin(kind) is tuple and Ellipsis in typing.get_args(kind):
+        return list[typing.get_args(kind)[0]]
+    return kind
+
+
+def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return parsed
+
+
+def _from_flag(value: Any) -> Any:
+    """Repeated flags become a tuple; a lone 'none' empties it, since a flag cannot be given zero times."""
+    if isinstance(value, list | tuple):
+        return () if list(value) == ["none"] else tuple(value)
+    return value
+
+
+def _help(name: str, spec: Field) -> str:
+    """The field's help, its default, and the presets that differ from it."""
+    part, _ = FIELD_PATHS[name]
+    texts = {preset: _text(_value(AlignConfig.preset(preset), part, name)) for preset in PRESETS}
+    default = _text(_value(AlignConfig(), part, name))
+    others = [f"{preset}: {text}" for preset, text in texts.items() if text != default]
+    shown = [f"default: {default}"] if default and "default" not in spec.metadata["help"] else []
+    repeat = " (may be repeated; 'none': no name)" if _flag_type(spec) == list[str] else ""
+    notes = "; ".join([*shown, *others])
+    return spec.metadata["help"] + repeat + (rf" \[{notes}]" if notes else "")
+
+
+def _value(config: AlignConfig, part: str | None, name: str) -> Any:
+    return getattr(config if part is None else getattr(config, part), name)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)

@@ -1,0 +1,45 @@
+"""Every error that a user can meet: what came, what was needed, and the way out."""
+
+
+class AlignError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(AlignError, ValueError):
+    """A setting has a value that is not allowed, or a name that does not exist."""
+
+
+class PromptError(AlignError, ValueError):
+    """No prompts, an unreadable prompt file, or a column that is missing."""
+
+
+class PipelineError(AlignError):
+    """The pipeline cannot be aligned as it stands: a part is missing, quantised or offloaded."""
+
+
+class RewardError(AlignError):
+    """A reward cannot be found, read, or used for training."""
+
+
+class RewardShapeError(RewardError):
+    """A reward returned something else than one score per image."""
+
+
+class RewardGradientError(RewardError):
+    """A reward lost the gradient between its images and its scores."""
+
+
+class RewardValueError(RewardError):
+    """A reward returned NaN or infinity."""
+
+
+class AdapterError(AlignError):
+    """An adapter file is missing, damaged, or made for another model."""
+
+
+class TrainingDiverged(AlignError):  # noqa: N818 - what happened, not a kind of mistake
+    """Several steps in a row had a loss or gradient that was not finite."""
+
+
+class RunError(AlignError):
+    """A run folder cannot be created, read or written."""

@@ -1,0 +1,172 @@
+"""Evidence: held-out prompts rendered with fixed noise by the stock call, scored by the reward and by judges.
+
+Over-optimisation is this method's weakness (AlignProp, section 4), so a reward that rises while the judges and the
+diversity do not is what this file is there to show. Each picture has its own generator, made from the seed and its
+place among the prompts: the noise is the same before and after training, whatever `eval_batch_size` is.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, pdist
+
+from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.errors import AlignError, PipelineError, PromptError
+from alignprop_pipe.prompts import PromptSet
+from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
+from alignprop_pipe.report import Change
+from alignprop_pipe.rewards.base import Reward, WeightedSum, merge_parts
+from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.stock import call_arguments
+
+DIVERSITY_SIZE = 16
+
+
+def evaluate(
+    pipe: DiffusionPipeline,
+    reward: Reward,
+    judges: Sequence[Reward],
+    prompts: PromptSet,
+    config: AlignConfig,
+    step: int,
+    **call_kwargs: Any,
+) -> Evidence:
+    """Render all `prompts` and score the pictures; trains nothing and draws nothing from the global seed.
+
+    Videos are scored frame by frame and averaged; their middle frame is kept. `call_kwargs` are further arguments
+    of this pipeline (`num_frames`, `strength`, ...). Raises PromptError for an empty set, and PipelineError.
+    """
+    if not prompts.prompts:
+        raise PromptError("there are no held-out prompts to look at; set eval_prompts=0 to run without evidence")
+    size = config.evaluation.eval_batch_size
+    kept: list[Tensor] = []
+    scores: list[list[Scores]] = [[] for _ in (reward, *judges)]
+    with _quiet(pipe):
+        for start in range(0, len(prompts), size):
+            places = range(start, min(start + size, len(prompts)))
+            batch = prompts.take(places)
+            videos = _render(pipe, batch, places, config, call_kwargs)
+            kept.append(videos[:, videos.shape[1] // 2].cpu())
+            for scorer, column in zip((reward, *judges), scores, strict=True):
+                column.append(_score(scorer, videos, batch))
+    rewarded, *judged = [_joined(column) for column in scores]
+    return _evidence(step, prompts, torch.cat(kept), rewarded, list(zip(judges, judged, strict=True)))
+
+
+def diversity(images: Images) -> float:
+    """Mean distance of all pairs of pictures; 0 for fewer than two.
+
+    Each picture in [0, 1] is averaged down to 16x16; the distance of two is the root mean square of their pixel
+    differences: 0 for equal ones, 1 for black and white, about 0.41 for uniform noise of 16x16. No model is asked.
+    The prompts' own differences are in it, so only its change on the same prompts means something.
+    """
+    if len(images) < 2:
+        return 0.0
+    small = adaptive_avg_pool2d(images.detach().float().cpu(), DIVERSITY_SIZE).flatten(1)
+    return float(pdist(small).mean() / math.sqrt(small.shape[1]))
+
+
+def paired_change(before: Evidence, after: Evidence) -> Mapping[str, Change]:
+    """How "reward", its parts and the judges changed, by name, over the same prompts and noise.
+
+    The standard error of the mean difference is NaN where there is one picture only. Raises AlignError if the
+    prompts are not the same.
+    """
+    if before.prompts != after.prompts:
+        raise AlignError("the two evidences are of different prompts; only the same prompts and noise can be compared")
+    shared = [name for name in before.per_prompt if name in after.per_prompt]
+    return {name: _change(before.per_prompt[name], after.per_prompt[name]) for name in shared}
+
+
+def _change(before: Sequence[float], after: Sequence[float]) -> Change:
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    mean, count = _mean(differences), len(differences)
+    error = math.nan
+    if count > 1:
+        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
+    return Change(_mean(before), _mean(after), mean, error)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _render(
+    pipe: DiffusionPipeline, batch: PromptBatch, places: range, config: AlignConfig, extra: Mapping[str, Any]
+) -> Videos:
+    """The stock call, whose own decorator has the gradient off; a picture becomes a video of one frame."""
+    generators = [generator_for("evidence", config.seed, sample=place) for place in places]
+    arguments = call_arguments(pipe, batch.prompts, config.sampling, generators, extra)
+    output = pipe(**arguments)[0]  # pyright: ignore[reportCallIssue]: only concrete pipelines have __call__
+    pictures = torch.stack(list(output)) if isinstance(output, list | tuple) else output
+    if not isinstance(pictures, Tensor) or pictures.ndim not in (4, 5):
+        raise PipelineError(
+            f"{type(pipe).__name__} returned {type(output).__name__} for output_type='pt'; "
+            "a tensor of pictures or videos is needed"
+        )
+    if len(pictures) != len(places):
+        raise PipelineError(f"{type(pipe).__name__} made {len(pictures)} pictures for {len(places)} prompts")
+    return pictures.float() if pictures.ndim == 5 else pictures.float().unsqueeze(1)
+
+
+@contextmanager
+def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    """No progress bar of the stock pipeline inside: the edges draw their own."""
+    kept = vars(pipe).get("_progress_bar_config")
+    pipe.set_progress_bar_config(**{**(kept or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if kept is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = kept
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _score(scorer: Reward, videos: Videos, batch: PromptBatch) -> Scores:
+    frames = [scorer(frame, batch.prompts, batch.targets) for frame in videos.unbind(1)]
+    parts = {name: _frame_mean([frame.parts[name] for frame in frames]) for name in frames[0].parts}
+    return Scores(_frame_mean([frame.total for frame in frames]), parts)
+
+
+def _frame_mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.detach().cpu().double() for value in values]).mean(dim=0)
+
+
+def _joined(batches: Sequence[Scores]) -> Scores:
+    parts = {name: torch.cat([batch.parts[name] for batch in batches]) for name in batches[0].parts}
+    return Scores(torch.cat([batch.total for batch in batches]), parts)
+
+
+def _evidence(
+    step: int, prompts: PromptSet, images: Images, rewarded: Scores, judged: Sequence[tuple[Reward, Scores]]
+) -> Evidence:
+    """Put all scores under one set of names; a name that is taken gets a number: "clip", "clip_2"."""
+    columns = [{"reward": rewarded.total}, rewarded.parts]
+    for judge, scores in judged:
+        name = str(judge) if isinstance(judge, WeightedSum) else judge.name  # the name of every sum is "sum"
+        columns.append({name: scores.total, **{part: v for part, v in scores.parts.items() if part != name}})
+    table = merge_parts(columns)
+    names = list(table)
+    judges = names[1 + len(rewarded.parts) :]
+    return Evidence(
+        step=step,
+        prompts=prompts.prompts,
+        reward=table["reward"].mean().item(),
+        parts={name: table[name].mean().item() for name in names[1:] if name not in judges},
+        judges={name: table[name].mean().item() for name in judges},
+        diversity=diversity(images),
+        per_prompt={name: tuple(values.tolist()) for name, values in table.items()},
+        images=images,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

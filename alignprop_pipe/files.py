@@ -1,0 +1,33 @@
+"""Files that appear whole: written beside under a hidden name and renamed, so that no reader meets a half of one."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+from alignprop_pipe.errors import RunError
+
+
+def write_whole(path: str | Path, content: bytes | str) -> None:
+    """Put `content` (text as UTF-8) at `path`; what stood there stays until the new file is complete.
+
+    A process killed half-way leaves at most a hidden `.….tmp` beside it. Raises RunError.
+    """
+    path = Path(path)
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    beside = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise RunError(
+                f"{str(path)!r} cannot be written: {reason}; free some space or choose another place"
+            ) from error
+        raise

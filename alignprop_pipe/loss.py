@@ -1,0 +1,18 @@
+"""One scalar from the rewards of a batch."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from alignprop_pipe.config import Hinge, Loss, Maximize, Target
+from alignprop_pipe.records import Rewards
+
+
+def loss_of(rule: Loss, rewards: Rewards) -> Float[Tensor, ""]:
+    """The mean over the batch, so that equal batches can be accumulated."""
+    match rule:
+        case Maximize():
+            return -rewards.mean()
+        case Target(value):
+            return (rewards - value).abs().mean()
+        case Hinge(margin):
+            return (margin - rewards).relu().mean()

@@ -1,0 +1,14 @@
+"""Which graded steps are computed twice (DESIGN, D11)."""
+
+from alignprop_pipe.config import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
+
+
+def recomputed(rule: Checkpointing, step: int, graded: range) -> bool:
+    """Whether graded step `step` is recomputed in the backward pass instead of keeping its activations."""
+    match rule:
+        case RecomputeAll():
+            return True
+        case RecomputeNone():
+            return False
+        case KeepSteps(steps):
+            return step < graded.stop - steps

@@ -1,0 +1,332 @@
+"""`AlignPropPipeline`: a stock diffusers pipeline that can also be aligned to a reward.
+
+The class is made on the fly as a subclass of the stock class (DESIGN, D2), so everything that takes the stock
+pipeline takes this one, and pictures, files and arguments stay the stock ones.
+"""
+
+import logging
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from alignprop_pipe import export, lora, stock
+from alignprop_pipe.align import align_steps
+from alignprop_pipe.bundled import preset_for, resolve_model
+from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
+from alignprop_pipe.errors import PipelineError
+from alignprop_pipe.prompts import PromptSet
+from alignprop_pipe.records import StepRecord
+from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
+from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.registry import as_reward
+from alignprop_pipe.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class AlignPropPipeline(DiffusionPipeline):
+    """Mixin that gives `align`, `save_adapter` and `load_adapter` to a stock pipeline class.
+
+    Make one with `from_pretrained`, `from_pipe` or `from_single_file`; it is an instance of the stock class too.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "AlignPropPipeline":
+        """Load any text-to-image or text-to-video pipeline of diffusers: `emoji`, a Hub id, or a folder.
+
+        `kwargs` are those of `DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, `variant`, ...).
+        """
+        name = str(pretrained_model_name_or_path)
+        pipe = DiffusionPipeline.from_pretrained(resolve_model(name), **kwargs)
+        pipe.register_to_config(_name_or_path=name)
+        return cls.from_pipe(pipe)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "AlignPropPipeline":
+        """The same pipeline as an AlignPropPipeline; the networks are shared, not copied.
+
+        `kwargs` replace components, as in `DiffusionPipeline.from_pipe`.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise PipelineError(
+                f"from_pipe needs a diffusers pipeline, not {type(pipeline).__name__}; for a model id or a folder "
+                "use AlignPropPipeline.from_pretrained(...)"
+            )
+        pipe = object.__new__(aligned_class(stock_class(type(pipeline))))
+        pipe.__dict__.update(vars(pipeline))
+        if kwargs:
+            pipe.register_modules(**kwargs)
+        return cast(AlignPropPipeline, pipe)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, pipeline_class: type | None = None, **kwargs: Any
+    ) -> "AlignPropPipeline":
+        """Load a single checkpoint file. The pipeline class is read from the configuration that diffusers finds.
+
+        Give `config=` (a diffusers folder or Hub id) where diffusers cannot tell the model by its weights, or
+        `pipeline_class=` to choose. Other `kwargs` are those of the stock `from_single_file`.
+        """
+        path = str(pretrained_model_link_or_path)
+        chosen = pipeline_class or single_file_class(path, kwargs)
+        return cls.from_pipe(chosen.from_single_file(path, **kwargs))
+
+    def align(
+        self,
+        reward: Reward | str | Callable[..., Tensor],
+        prompts: Any,
+        config: AlignConfig | None = None,
+        *,
+        out: str | Path | None = None,
+        on_step: Callable[[StepRecord], object] | None = None,
+        **overrides: Any,
+    ) -> AlignResult:
+        """Train a LoRA on the denoiser so that `reward` of the finished pictures goes up (AlignProp, 2310.03739).
+
+        Afterwards the pipeline holds the adapter, ready to sample; everything else about it is as before. A run
+        starts from the base model: an adapter of an earlier `align` is replaced. If it fails, no adapter is left.
+
+        Args:
+            reward: a reward, an expression (`"clip + 0.1*jpeg"`), or a function `(images, prompts) -> [batch]` of
+                pictures [batch, 3, height, width] in [0, 1] that keeps the gradient.
+            prompts: a list, a .txt, .csv or .jsonl file, the name of a set that ships inside, or a PromptSet.
+            config: all settings; default: the model's own preset where it has one.
+            out: folder for adapter, curve, pictures and report; None writes nothing.
+            on_step: called with every record; step 0 holds the evidence before training.
+            overrides: single settings by name (`steps=60, rank=8, truncation="last:5"`), or arguments of this
+                pipeline's own call (`num_frames=9`, `strength=0.5`).
+
+        Raises:
+            ConfigError, PromptError, PipelineError, RewardError: before anything is trained.
+            TrainingDiverged: too many steps in a row were not finite; with `out`, the last good adapter is there.
+        """
+        began = time.monotonic()
+        base = config if config is not None else AlignConfig.preset(preset_for(self.name_or_path) or "paper")
+        config, call_kwargs = settings(self, base, overrides)
+        reward, prompt_set = as_reward(reward), PromptSet.load(prompts)
+        tell_about(self, prompt_set)
+        history: list[StepRecord] = []
+        with stop_on_interrupt() as stop:
+            steps = align_steps(self, reward, prompt_set, config, call_kwargs, stop.is_set)
+            try:
+                run = None if out is None else open_run(self, out, config, reward, prompts)
+                interrupted = drain(steps, history, run, on_step) or stop.is_set()
+                steps.close()
+                return conclude(self, reward, config, history, run, interrupted, prompt_set, time.monotonic() - began)
+            except BaseException as error:
+                steps.close()
+                if history and history[-1].step > 0 and run is not None:
+                    status = f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"
+                    conclude(self, reward, config, history, run, True, prompt_set, time.monotonic() - began, status)
+                lora.detach(stock.denoisers(self))
+                raise
+
+    def save_adapter(self, path: str | Path, format: str = "both", **metadata: str) -> list[Path]:
+        """Write the adapter as safetensors: `diffusers` keys, `kohya` keys (for ComfyUI), or both side by side.
+
+        Returns the files written. Raises AdapterError if the pipeline holds no adapter.
+        """
+        return export.save_adapter(self, path, format=format, metadata=metadata)  # type: ignore[arg-type]
+
+    def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
+        """Put an adapter file on the pipeline, in place of one that it holds. Raises AdapterError."""
+        export.load_adapter(self, path, scale)
+
+
+# --- classes -------------------------------------------------------------------------------------------------------------
+
+
+def stock_class(kind: type) -> type:
+    """The stock pipeline class behind `kind`, which may be an aligned one."""
+    return next(base for base in kind.__mro__ if not issubclass(base, AlignPropPipeline))
+
+
+@cache
+def aligned_class(kind: type) -> type:
+    """The subclass of AlignPropPipeline and `kind`.
+
+    It keeps the stock `__name__`, which diffusers writes into model_index.json and looks up when it converts between
+    tasks, so what is saved opens without this package; `__qualname__` tells the two apart.
+    """
+    body = {"__qualname__": f"AlignProp{kind.__name__}", "__module__": __name__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (AlignPropPipeline, kind), body)
+
+
+def single_file_class(path: str, kwargs: Mapping[str, Any]) -> type:
+    """The stock class named by the configuration for a checkpoint file."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    config = kwargs.get("config")
+    if config is None:
+        local = bool(kwargs.get("local_files_only", False))
+        config = fetch_diffusers_config(load_single_file_checkpoint(path, local_files_only=local))[
+            "pretrained_model_name_or_path"
+        ]
+    try:
+        name = DiffusionPipeline.load_config(config)["_class_name"]
+    except OSError as error:
+        raise PipelineError(
+            f"the pipeline configuration {config!r} for {path!r} is not on this machine: go online once, or give "
+            "config= a folder in diffusers' format of the same model, or pipeline_class= a class of diffusers"
+        ) from error
+    return getattr(diffusers, name)
+
+
+# --- the steps of align -----------------------------------------------------------------------------------------------------
+
+
+def settings(
+    pipe: DiffusionPipeline, config: AlignConfig, overrides: Mapping[str, Any]
+) -> tuple[AlignConfig, dict[str, Any]]:
+    """Overrides that are settings go into the configuration; those that the stock call takes go to the call."""
+    known = {name: value for name, value in overrides.items() if name in FIELD_PATHS or name in PARTS}
+    rest = {name: value for name, value in overrides.items() if name not in known}
+    callable_names = stock.call_parameters(pipe)
+    reserved = {"prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "latents"}
+    for name in rest:
+        if name not in callable_names or name in reserved:
+            config.replace(**{name: rest[name]})  # raises ConfigError with the nearest names
+    return config.replace(**known), rest
+
+
+def tell_about(pipe: DiffusionPipeline, prompts: PromptSet) -> None:
+    """Say once what a user would otherwise find out late."""
+    for guard in stock.guards_on(pipe):
+        logger.warning("%s is switched off while training, because it stops the gradient; it is back afterwards", guard)
+    lost = {prompt: words for prompt in prompts.prompts if (words := stock.lost_words(pipe, prompt))}
+    if lost:
+        prompt, words = next(iter(lost.items()))
+        logger.warning(
+            "%d of %d prompts are longer than the tokenizer takes; of %r these words are lost: %r",
+            len(lost),
+            len(prompts.prompts),
+            prompt,
+            words,
+        )
+
+
+def open_run(pipe: DiffusionPipeline, out: str | Path, config: AlignConfig, reward: Reward, prompts: Any) -> RunFolder:
+    model = pipe.name_or_path or stock_class(type(pipe)).__name__
+    source = str(prompts) if isinstance(prompts, str | Path) else list(PromptSet.load(prompts).prompts)
+    return RunFolder.create(
+        Path(out), command=repeat_command(model, reward, source), config=config, model=model,
+        reward=str(reward), prompts=source,
+    )  # fmt: skip
+
+
+def repeat_command(model: str, reward: Reward, prompts: str | list[str]) -> str:
+    """What to type to get the same run: the command line as it was, or a line of Python."""
+    if Path(sys.argv[0]).stem in ("alignprop", "__main__"):
+        return shlex.join(["alignprop", *sys.argv[1:]])
+    return (
+        f"AlignPropPipeline.from_pretrained({model!r}).align({str(reward)!r}, {prompts!r}, "
+        "AlignConfig.from_dict(json.load(open('config.json'))['config']))"
+    )
+
+
+def drain(
+    steps: Iterator[StepRecord],
+    history: list[StepRecord],
+    run: RunFolder | None,
+    on_step: Callable[[StepRecord], object] | None,
+) -> bool:
+    """Run the loop to its end; true if it was interrupted."""
+    try:
+        for record in steps:
+            history.append(record)
+            if run is not None:
+                run.append(record)
+            if on_step is not None:
+                on_step(record)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def conclude(
+    pipe: DiffusionPipeline,
+    reward: Reward,
+    config: AlignConfig,
+    history: list[StepRecord],
+    run: RunFolder | None,
+    interrupted: bool,
+    prompts: PromptSet,
+    seconds: float,
+    status: str = "",
+) -> AlignResult:
+    """Save what there is and say how the run ended."""
+    before = history[0].evidence if history else None
+    after = kept_evidence(history, config)
+    changes = changes_between(before, after)
+    done = history[-1].step if history else 0
+    if not status and interrupted:
+        status = f"interrupted after {done} of {config.steps} steps"
+    elif not status and done < config.steps:
+        status = f"no better held-out score for {config.evaluation.patience} looks: ended after {done} steps"
+    adapter = {name: tensor.float().cpu().clone() for name, tensor in export.adapter_state(pipe).items()}
+    if run is not None:
+        metadata = adapter_metadata(pipe, reward, config, prompts, done, changes)
+        export.save_adapter(pipe, run.adapter_path, metadata=metadata)
+        if after is not None:
+            run.evidence(after, "after")
+        run.finish(changes, status or "completed")
+    return AlignResult(
+        reward=str(reward),
+        config=config,
+        adapter=adapter,
+        history=tuple(history),
+        before=before,
+        after=after,
+        seconds=seconds,
+        run_folder=None if run is None else run.path,
+        adapter_path=None if run is None else run.adapter_path,
+        interrupted=interrupted,
+        stopped=status,
+        changes=changes,
+    )
+
+
+def adapter_metadata(
+    pipe: DiffusionPipeline, reward: Reward, config: AlignConfig, prompts: PromptSet, step: int, changes: Mapping
+) -> dict[str, str]:
+    scores = {name: [round(change.before, 4), round(change.after, 4)] for name, change in changes.items()}
+    return export.describe(
+        pipe, reward=str(reward), config=config.to_json(), step=step, prompts=prompts.prompts, scores=scores
+    )
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C ends the run after the current step; a second one raises KeyboardInterrupt at once.
+
+    Only where Python's own handler is in place, so that a notebook or a program with its own handler keeps it.
+    """
+    stop = threading.Event()
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield stop
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if stop.is_set():
+            signal.default_int_handler(number, frame)
+        stop.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+

@@ -1,0 +1,76 @@
+"""What the stages hand to each other: frozen records with names, and the shapes of the tensors in them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+Images = Float[Tensor, "batch 3 height width"]
+Videos = Float[Tensor, "batch frames 3 height width"]
+Rewards = Float[Tensor, " batch"]
+Targets = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Prompts of one batch and the columns that came with them, one value per prompt."""
+
+    prompts: list[str]
+    targets: Targets = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Finished pictures in [0, 1]; their graph reaches back through the denoiser calls of `graded`."""
+
+    images: Images | Videos
+    graded: range
+    num_steps: int
+    distance: Float[Tensor, ""] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One total per picture, and each part of the reward under its own name, unweighted."""
+
+    total: Rewards
+    parts: Mapping[str, Rewards]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Held-out prompts rendered with fixed noise and scored.
+
+    `reward`, `parts` and `judges` are means over the prompts; `per_prompt` holds the single values, in the order of
+    `prompts`, under the same names ("reward" for the total). A judge stands under its own name, and what it logs
+    besides under theirs; a name that is taken gets a number ("clip_2"). `diversity` is the mean distance of all pairs
+    of pictures (see `evidence.diversity`). Of videos, `images` holds the middle frames.
+    """
+
+    step: int
+    prompts: tuple[str, ...]
+    reward: float
+    parts: Mapping[str, float]
+    judges: Mapping[str, float]
+    diversity: float
+    per_prompt: Mapping[str, tuple[float, ...]]
+    images: Images | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step. `step` counts from 1; a skipped step has a non-finite loss or gradient."""
+
+    step: int
+    loss: float
+    reward: float
+    parts: Mapping[str, float]
+    grad_norm: float
+    distance: float | None
+    graded: tuple[int, ...]
+    seconds: float
+    memory_mb: float
+    skipped: bool = False
+    evidence: Evidence | None = None

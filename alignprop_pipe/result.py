@@ -1,0 +1,76 @@
+"""What `align` gives back: the adapter, the history, and the evidence that it made the pictures better."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.evidence import Change, paired_change
+from alignprop_pipe.records import Evidence, StepRecord
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AlignResult:
+    """A finished run.
+
+    `adapter` holds the LoRA weights in float32 on the CPU, by diffusers' names. `before` and `after` are the
+    evidence on the same held-out prompts and noise; `after` belongs to the adapter that was kept. `stopped` says why
+    a run ended early and is empty where it did not.
+    """
+
+    reward: str
+    config: AlignConfig
+    adapter: Mapping[str, Tensor]
+    history: tuple[StepRecord, ...]
+    before: Evidence | None
+    after: Evidence | None
+    seconds: float
+    run_folder: Path | None = None
+    adapter_path: Path | None = None
+    interrupted: bool = False
+    stopped: str = ""
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were taken."""
+        return self.history[-1].step if self.history else 0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The result in words, as pairs for a table."""
+        rows = [("reward", self.reward), ("steps", f"{self.steps} in {self.seconds:.0f} s")]
+        if self.stopped:
+            rows.append(("stopped", self.stopped))
+        rows += [(f"held-out {name}", change_text(change)) for name, change in self.changes.items()]
+        if self.before is not None and self.after is not None:
+            rows.append(("held-out diversity", f"{self.before.diversity:.3f} -> {self.after.diversity:.3f}"))
+        if self.run_folder is not None:
+            rows.append(("run folder", str(self.run_folder)))
+        return rows
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {text}" for name, text in self.rows()]
+        return "\n".join(["AlignResult", *lines])
+
+    def _repr_html_(self) -> str:
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in self.rows())
+        return f"<table>{''.join(cells)}</table>"
+
+
+def change_text(change: Change) -> str:
+    return f"{change.before:.3f} -> {change.after:.3f} ({change.difference:+.3f} +- {change.standard_error:.3f})"
+
+
+def kept_evidence(history: list[StepRecord], config: AlignConfig) -> Evidence | None:
+    """The look at the adapter that was kept: the best one with `keep_best`, else the newest."""
+    looks = [record.evidence for record in history if record.step > 0 and record.evidence is not None]
+    if not looks:
+        return None
+    return max(looks, key=lambda look: look.reward) if config.evaluation.keep_best else looks[-1]
+
+
+def changes_between(before: Evidence | None, after: Evidence | None) -> Mapping[str, Change]:
+    return {} if before is None or after is None else paired_change(before, after)

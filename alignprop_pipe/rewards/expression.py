@@ -1,0 +1,107 @@
+"""The small language of rewards: `clip + 0.5*hpsv2.1 - 0.1*jpeg(quality=80)`. Text in, values out.
+
+Python's own parser reads it, after names that Python does not allow (`hpsv2.1`, `my/blur.py:score`) have been masked
+by identifiers of the same length, so that every position stays true. Nothing is evaluated: the tree is walked.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignprop_pipe.errors import RewardError
+
+REFERENCE = r"(?:[A-Za-z]:(?=[\\/]))?[\w.~/\\][\w.~/\\-]*:[A-Za-z_][\w.]*"
+"""`module:function` or `file.py:function`. A minus inside a path belongs to the path."""
+
+_TOKEN = re.compile(
+    r"""(?P<keep>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*')"""
+    rf"|(?P<name>{REFERENCE} | [^\W\d]\w*(?:\.\w+)*)|(?P<number>[\d.]+(?:[eE][+-]?\d+)?)|(?P<other>\S)",
+    re.VERBOSE,
+)
+_ALLOWED = set("+-*()[]{},:=")
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+Make = Callable[[str, tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+def read_expression(text: str, make: Make) -> Any:
+    """The value of an expression; `make(name, args, kwargs)` gives that of a name. Raises RewardError."""
+    if not text.strip():
+        raise RewardError("the reward expression is empty; use for example: clip + 0.1*jpeg")
+    masked = _mask(text)
+    start = len(masked) - len(masked.lstrip())
+    try:
+        tree = ast.parse(masked[start:], mode="eval")
+        return _Reader(text, masked, start, make).value(tree.body)
+    except SyntaxError as error:
+        raise _error(text, start + (error.offset or 1) - 1, "this cannot be read as a reward expression") from error
+    except (RecursionError, MemoryError, ValueError) as error:
+        raise RewardError("the reward expression is too long, too deep, or holds unreadable characters") from error
+
+
+class _Reader:
+    """Walks the tree of the masked text; names and positions are those of the true text."""
+
+    def __init__(self, text: str, masked: str, start: int, make: Make) -> None:
+        self.text, self.masked, self.start, self.make = text, masked, start, make
+
+    def value(self, node: ast.AST) -> Any:
+        match node:
+            case ast.Constant(value=bool() | int() | float() | str() | None as constant):
+                return constant
+            case ast.Name():
+                return self.named(node, node, (), {})
+            case ast.Call(func=ast.Name() as name, args=args, keywords=keywords) if all(k.arg for k in keywords):
+                given = {str(keyword.arg): self.value(keyword.value) for keyword in keywords}
+                return self.named(node, name, tuple(self.value(arg) for arg in args), given)
+            case ast.List(elts=items):
+                return [self.value(item) for item in items]
+            case ast.Dict(keys=keys, values=values) if None not in keys:
+                return {self.value(k): self.value(v) for k, v in zip(keys, values, strict=True) if k is not None}
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+                factor = -1 if isinstance(sign, ast.USub) else 1
+                return self.combined(node, operator.mul, factor, self.value(operand))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return self.combined(node, _BINARY[type(op)], self.value(left), self.value(right))
+        raise self.at(node, "this has no meaning in a reward expression")
+
+    def named(self, node: ast.AST, name: ast.Name, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start, end = self.place(name.col_offset), self.place(name.end_col_offset or 0)
+        try:
+            return self.make(self.text[start:end], args, kwargs)
+        except RewardError as error:
+            raise self.at(node, str(error)) from error
+
+    def combined(self, node: ast.AST, do: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+        message = "rewards are added and subtracted, and multiplied with numbers; this is neither"
+        if any(isinstance(side, bool | str | list | dict | type(None)) for side in (left, right)):
+            raise self.at(node, message)
+        try:
+            return do(left, right)
+        except (TypeError, RewardError) as error:
+            raise self.at(node, message if isinstance(error, TypeError) else str(error)) from error
+
+    def place(self, offset: int) -> int:
+        """The character of a byte offset: Python counts columns in UTF-8."""
+        return self.start + len(self.masked[self.start :].encode()[:offset].decode())
+
+    def at(self, node: ast.AST, message: str) -> RewardError:
+        return _error(self.text, self.place(getattr(node, "col_offset", 0)), message)
+
+
+def _mask(text: str) -> str:
+    def identifier(match: re.Match[str]) -> str:
+        if match["name"]:
+            return re.sub(r"^\d|[^A-Za-z0-9_]", "_", match["name"], flags=re.ASCII)
+        if match["other"] and match["other"] not in _ALLOWED:
+            raise _error(text, match.start(), f"{match['other']!r} has no meaning in a reward expression")
+        return match[0]
+
+    return re.sub(r"\s", " ", _TOKEN.sub(identifier, text))
+
+
+def _error(text: str, position: int, message: str) -> RewardError:
+    line = re.sub(r"\s", " ", text)
+    return RewardError(f"{message}\n  {line}\n  {' ' * min(max(position, 0), len(line))}^")

@@ -1,0 +1,93 @@
+"""Frozen networks from a Hub id or a folder: safetensors only, nothing half-loaded, errors that say what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignprop_pipe.errors import RewardError
+
+
+def load_network(kind: Any, source: str, revision: str | None = None) -> Any:
+    """`kind.from_pretrained`, frozen and in eval mode. Raises RewardError; weights that are missing are an error."""
+    try:
+        network, info = kind.from_pretrained(
+            source, revision=revision or "main", use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise not_loaded(source, error) from error
+    lost = sorted({*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])})
+    if lost:
+        raise RewardError(
+            f"the weights in {source!r} do not fit its config.json: {len(lost)} are missing or of another shape "
+            f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}); get the whole folder again from where it came"
+        )
+    return network.eval().requires_grad_(False)
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a text model. Raises RewardError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except Exception as error:
+        raise not_loaded(source, error) from error
+
+
+def load_preprocessor_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What preprocessor_config.json says. Raises RewardError."""
+    from transformers import ImageProcessingMixin
+
+    try:
+        return dict(ImageProcessingMixin.get_image_processor_dict(source, revision=revision or "main")[0])
+    except Exception as error:
+        raise not_loaded(source, error) from error
+
+
+def not_loaded(source: str, error: Exception) -> RewardError:
+    """What to do when a model is not there, or is damaged."""
+    reason = str(error).strip().split("\n")[0]
+    needed = "config.json, model.safetensors, preprocessor_config.json and, for text, the tokenizer's files"
+    if Path(source).is_dir():
+        held = ", ".join(sorted(path.name for path in Path(source).iterdir())) or "nothing"
+        broken = [path.name for path in sorted(Path(source).iterdir()) if not _readable(path)]
+        what = f"{', '.join(broken)} is damaged or cut short; get it again" if broken else f"it needs {needed}"
+        return RewardError(f"the folder {source!r} cannot be loaded: {what}. It holds: {held}. ({reason})")
+    return RewardError(
+        f"the model {source!r} cannot be loaded: it is no folder here, and it could not be had from the Hugging Face "
+        f"Hub. Check the spelling; or, on a machine with a network, run `hf download {source} --local-dir FOLDER`, "
+        f"bring FOLDER here and give its path as model. The folder needs {needed}. ({reason})"
+    )
+
+
+def placed(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network where the images are: on their device, in float64 for float64 images and in float32 otherwise."""
+    return network.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
+
+
+def usable(network: nn.Module | None) -> bool:
+    """Whether a network that was loaded before can be used: one loaded in inference mode can't enter autograd."""
+    if network is None:
+        return False
+    return torch.is_inference_mode_enabled() or not any(weight.is_inference() for weight in network.parameters())
+
+
+def _key(entry: Any) -> str:
+    return entry if isinstance(entry, str) else str(entry[0])
+
+
+def _readable(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+    except (SafetensorError, ValueError, OSError):
+        return False
+    return True

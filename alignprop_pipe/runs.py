@@ -1,0 +1,378 @@
+"""The run folder: what a run leaves behind, written so that a kill at any moment leaves only whole files.
+
+`config.json` (all that is needed to repeat the run), `metrics.jsonl` (a line for each optimizer step),
+`adapter.safetensors` and `adapter-comfyui.safetensors`, `curve.png`, `before-after.png`, `samples/`, `checkpoints/`,
+`report.html`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from alignprop_pipe import drawings, report
+from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.errors import RunError
+from alignprop_pipe.files import write_whole
+from alignprop_pipe.records import Evidence, StepRecord
+
+When = Literal["before", "during", "after"]
+
+PACKAGES = (
+    "alignprop-pipe",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "kornia",
+    "numpy",
+    "Pillow",
+)
+
+
+class RunFolder:
+    """One run on disk. `create` makes the folder; `append`, `evidence` and `finish` fill it."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path = path
+        self.about = about
+        self.records: list[StepRecord] = []
+        self._before: Evidence | None = None
+        self._during: dict[int, Evidence] = {}
+        self._newest: Evidence | None = None
+        self._after: Evidence | None = None
+
+    @classmethod
+    def create(
+        cls,
+        out: str | Path | None,
+        *,
+        command: str,
+        config: AlignConfig,
+        model: str,
+        reward: str,
+        prompts: str | Sequence[str],
+    ) -> "RunFolder":
+        """Make the folder and write `config.json` into it; no two runs ever get the same one.
+
+        Args:
+            out: the folder; None: `runs/<date>-<time>-<reward>`, with -2, -3 and so on where that is taken.
+            command: what the user typed, to repeat the run.
+            config: the settings.
+            model: id or folder, as typed.
+            reward: the reward's expression.
+            prompts: where the prompts came from, or the prompts themselves.
+
+        Raises:
+            RunError: `out` holds files already, or the folder cannot be made.
+        """
+        about = {
+            "started": _now(),
+            "command": command,
+            "model": model,
+            "reward": reward,
+            "prompts": prompts if isinstance(prompts, str) else list(prompts),
+            "config": config.to_dict(),
+            "versions": versions(),
+        }
+        path = _default_folder(reward) if out is None else _given_folder(out)
+        run = cls(path, about)
+        run._write_config()
+        return run
+
+    @property
+    def adapter_path(self) -> Path:
+        """Where the adapter goes; its ComfyUI form stands beside it."""
+        return self.path / "adapter.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def append(self, record: StepRecord) -> None:
+        """Add a line to `metrics.jsonl`, on disk when this returns; with evidence, draw the curve anew.
+
+        Raises RunError.
+        """
+        look = record.evidence
+        # Without the pictures: a long run would fill the memory with them.
+        self.records.append(record if look is None else dataclasses.replace(record, evidence=_without_images(look)))
+        line = json.dumps(_plain(record), allow_nan=False) + "\n"
+        try:
+            with (self.path / "metrics.jsonl").open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"'{self.path}/metrics.jsonl' cannot be written: {error.strerror or error}") from error
+        if look is not None:
+            self.evidence(look, "during" if look.step else "before")
+
+    def evidence(self, evidence: Evidence, when: When) -> None:
+        """Keep a look at the held-out prompts; before and after write their pictures, before and during the curve."""
+        if when == "before":
+            self._before = evidence
+        elif when == "after":
+            self._after = evidence
+        else:
+            self._newest = evidence
+            self._during[evidence.step] = _without_images(evidence)
+        if when != "during":
+            self._write_samples(evidence, when)
+        if when != "after":
+            self._draw_curve()
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """The optimizer steps: the records without number 0, which holds the look before training."""
+        return [record for record in self.records if record.step > 0]
+
+    @property
+    def before(self) -> Evidence | None:
+        return self._before
+
+    @property
+    def after(self) -> Evidence | None:
+        """The look at the adapter that was kept; while the run lasts, the newest look."""
+        return self._after or self._newest
+
+    @property
+    def looks(self) -> list[Evidence]:
+        """Every look in the order it was taken: before, during, after."""
+        return [look for look in (self._before, *self._during.values(), self._after) if look is not None]
+
+    def finish(
+        self, changes: Mapping[str, tuple[float, float, float, float]] | None = None, status: str = "completed"
+    ) -> Path:
+        """Write the curve, the pictures, the report and the result in `config.json`; returns the report's path.
+
+        Args:
+            changes: name of a held-out score ("reward", a part, a judge) -> its mean before, after, their difference
+                and the standard error of the paired differences, as `report.Change`.
+            status: how the run ended, in a few words, such as "interrupted after 12 of 60 steps".
+
+        Raises:
+            RunError: a file cannot be written.
+        """
+        named = {name: report.Change(*numbers) for name, numbers in (changes or {}).items()}
+        self.about["result"] = {
+            "status": status,
+            "ended": _now(),
+            "steps": len(self.steps),
+            "skipped": sum(record.skipped for record in self.steps),
+            "held_out": {name: _plain(change._asdict()) for name, change in named.items()},
+        }
+        self._write_config()
+        before, after = self.before, self.after
+        if before is not None and after is not None and before.images is not None and after.images is not None:
+            if self._after is None:
+                self._write_samples(after, "after")
+            drawings.draw_before_after(before, after, self.path / "before-after.png")
+        self._draw_curve()
+        path = self.path / "report.html"
+        report.write_report_html(self._summary(named, status), path)
+        return path
+
+    def _summary(self, changes: Mapping[str, report.Change], status: str) -> report.RunSummary:
+        before, after = self.before, self.after
+        pairs: list[report.Pair] = []
+        caption = ""
+        if before is not None and after is not None:
+            pairs, caption = _pairs(before, after), drawings.sheet_caption(before, after)
+        return report.RunSummary(
+            folder=str(self.path),
+            about=self.about,
+            records=self.steps,
+            curve=(self.path / "curve.png").read_bytes(),
+            curve_dark=drawings.curve_png(self.steps, self.looks, drawings.DARK),
+            before=before,
+            after=after,
+            changes=changes,
+            pairs=pairs,
+            pairs_caption=caption,
+            status=status,
+            adapters=tuple(sorted(file.name for file in self.path.glob("adapter*.safetensors"))),
+        )
+
+    def _draw_curve(self) -> None:
+        drawings.draw_curve(self.steps, self.looks, self.path / "curve.png")
+
+    def _write_config(self) -> None:
+        write_whole(self.path / "config.json", json.dumps(self.about, indent=2, allow_nan=False) + "\n")
+
+    def _write_samples(self, evidence: Evidence, when: When) -> None:
+        """`samples/before/003-two-dogs.png` and, with the same name, `samples/after/…`; scores beside them."""
+        folder = self.path / "samples" / when
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{str(folder)!r} cannot be made: {error.strerror or error}") from error
+        write_whole(folder / "scores.json", json.dumps(_plain(evidence), indent=1, allow_nan=False) + "\n")
+        if evidence.images is None:
+            return
+        for number, (prompt, image) in enumerate(zip(evidence.prompts, evidence.images, strict=True)):
+            write_whole(
+                folder / f"{number:03d}-{slug(prompt, 'prompt')}.png", drawings.png_bytes(drawings.picture(image))
+            )
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r}, {len(self.steps)} steps)"
+
+
+def read_metrics(path: str | Path) -> list[StepRecord]:
+    """The records in a run folder's `metrics.jsonl` (or in that file itself), pictures left out.
+
+    Record 0 holds the look before training. A last line that a kill cut short is left out;
+    numbers that were not finite come back as NaN.
+    Raises RunError where the file is missing or another line is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= "metrics.jsonl"
+    try:
+        *lines, unfinished = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error.strerror or error}; a run folder is needed") from error
+    del unfinished  # empty, or what a kill left of the last line
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_record(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{str(path)!r}, line {number} is not a step's record: {error}") from error
+    return records
+
+
+def slug(text: str, otherwise: str, length: int = 40) -> str:
+    """A short name for a file from any text: a-z, 0-9 and dashes; `otherwise` where nothing is left."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:length].strip("-") or otherwise
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the system and the packages that decide a run's numbers, as far as installed."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _default_folder(reward: str) -> Path:
+    name = f"{datetime.now():%Y-%m-%d-%H%M}-{slug(reward, 'run')}"
+    try:
+        Path("runs").mkdir(exist_ok=True)
+        number = 1
+        while True:
+            path = Path("runs", name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            (path / "checkpoints").mkdir()
+            return path
+    except OSError as error:
+        raise RunError(f"no run folder can be made under 'runs' here: {error.strerror}; name one with --out") from error
+
+
+def _given_folder(out: str | Path) -> Path:
+    way_out = "name another folder with --out (out= in Python)"
+    try:
+        path = Path(out)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise RunError(f"run folder {str(out)!r} holds files already and is left as it is; {way_out}")
+        # Making this folder is the claim: of two runs that start in one empty folder, one fails here.
+        (path / "checkpoints").mkdir()
+    except FileExistsError as error:
+        raise RunError(f"run folder {str(out)!r} is taken by a file or by another run; {way_out}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"run folder {str(out)!r} cannot be made: {error}; {way_out}") from error
+    return path
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _without_images(evidence: Evidence) -> Evidence:
+    return dataclasses.replace(evidence, images=None)
+
+
+def _pairs(before: Evidence, after: Evidence) -> list[report.Pair]:
+    if before.images is None or after.images is None:
+        return []
+    return [
+        report.Pair(
+            prompt=before.prompts[number],
+            before=drawings.thumbnail(before.images[number]),
+            after=drawings.thumbnail(after.images[number]),
+            before_label=drawings.score_text(before, number),
+            after_label=drawings.score_text(after, number),
+            small=max(before.images.shape[-2:]) <= drawings.SMALL,
+        )
+        for number in drawings.shown_prompts(len(before.prompts))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: records as dicts without their pictures, numbers that are not finite as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Evidence | StepRecord):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "images"}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _evidence(data: Mapping[str, Any]) -> Evidence:
+    return Evidence(
+        step=int(data["step"]),
+        prompts=tuple(data["prompts"]),
+        reward=_number(data["reward"]),
+        parts=_numbers(data["parts"]),
+        judges=_numbers(data["judges"]),
+        diversity=_number(data["diversity"]),
+        per_prompt={name: tuple(map(_number, values)) for name, values in data["per_prompt"].items()},
+    )
+
+
+def _record(data: Mapping[str, Any]) -> StepRecord:
+    return StepRecord(
+        step=int(data["step"]),
+        loss=_number(data["loss"]),
+        reward=_number(data["reward"]),
+        parts=_numbers(data["parts"]),
+        grad_norm=_number(data["grad_norm"]),
+        distance=None if data["distance"] is None else float(data["distance"]),
+        graded=tuple(map(int, data["graded"])),
+        seconds=_number(data["seconds"]),
+        memory_mb=_number(data["memory_mb"]),
+        skipped=bool(data["skipped"]),
+        evidence=None if data["evidence"] is None else _evidence(data["evidence"]),
+    )

@@ -1,0 +1,333 @@
+"""The commands as a user meets them: exit codes, what stands on stdout and stderr, and the files left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import miniatures
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from alignprop_pipe.cli import console
+from alignprop_pipe.cli.app import app
+from alignprop_pipe.errors import AdapterError, ConfigError, PromptError, RewardError, RewardShapeError
+
+SMALL = ["--reward", "brightness", "--num-inference-steps", "2", "--batch-size", "2", "--eval-batch-size", "2"]
+SMALL += ["--gradient-accumulation-steps", "1", "--eval-prompts", "2", "--device", "cpu", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    miniatures.sd15().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a prompt file."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a dog\ntwo cats\na red fox\nthe sea\n# no prompt\na house\na boat\n")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _libraries_as_before() -> Iterator[None]:
+    """What `quiet_libraries` sets for the process of a command belongs to other tests here."""
+    import logging
+    import warnings
+
+    shown, ours = warnings.showwarning, logging.getLogger("alignprop_pipe")
+    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
+    yield
+    warnings.showwarning = shown
+    ours.handlers, ours.propagate = handlers, propagate
+    ours.setLevel(level)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in arguments])
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "alignprop_pipe", *map(str, arguments)]
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["--version"], ["models"]]
+)
+def test_talk_that_needs_no_torch_does_not_load_it(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['alignprop', *{arguments!r}]\n"
+        "from alignprop_pipe.cli.app import app\n"
+        "try: app()\n"
+        "finally: print(sorted({'torch', 'diffusers', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version() -> None:
+    import alignprop_pipe
+
+    assert run("--version").output == f"alignprop-pipe {alignprop_pipe.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"), [("rewards", "brightness"), ("models", "emoji-judge"), ("prompts", "animals")]
+)
+def test_lists(name: str, entry: str) -> None:
+    assert entry in run(name).output
+    lines = json_lines(run(name, "--json").stdout)
+    assert entry in [line["name"] for line in lines]
+    assert all(line["type"] == "entry" for line in lines)
+
+
+# --- wrong use -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "org/name"], "--reward"),
+        (["train", "org/name", "--reward", "jpeg"], "--prompts"),
+        (["train", "--reward", "clipp"], "clip"),
+        (["train", "--reward", "emoji_judge"], "judge"),
+        (["train", "--reward", "clip +"], "clip"),
+        (["train", "--reward", "brightness", "--prompts", "missing.txt"], "missing.txt"),
+        (["train", "--reward", "brightness", "--prompts", "emojy"], "emoji"),
+        (["train", "--prompts", "emoji", "--prompt", "a dog"], "not both"),
+        (["train", "--steps", "0"], "steps"),
+        (["train", "--steps", "many"], "many"),
+        (["train", "--stepps", "3"], "--steps"),
+        (["train", "--truncation", "last"], "last:5"),
+        (["train", "--preset", "papper"], "paper"),
+        (["train", "--config", "missing.toml"], "missing.toml"),
+        (["train", "--dtype", "int8"], "bfloat16"),
+        (["train", "--reward", "brightness", "--device", "gpu"], "cpu"),
+        (["trian"], "train"),
+        (["sample", "--compare"], "--adapter"),
+        (["sample", "--scale", "2"], "--adapter"),
+        (["sample", "--adapter", "missing.safetensors"], "missing.safetensors"),
+        (["sample", "org/name"], "PROMPT"),
+        (["sample", "--num", "0"], "num"),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_wrong_use_ends_with_2_and_the_way_out(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(Path.cwd().glob("runs*"))
+
+
+@pytest.mark.usefixtures("place")
+def test_a_model_that_is_not_there_ends_with_1_and_its_name() -> None:
+    result = run("train", "./nowhere", *SMALL, "--prompts", "prompts.txt")
+    assert result.exit_code == 1
+    assert "./nowhere" in result.stderr
+    assert "emoji" in result.stderr
+
+
+def test_the_table_of_errors() -> None:
+    assert console.verdict(ConfigError("steps"))[0] == 2
+    assert console.verdict(PromptError("empty"))[0] == 2
+    assert console.verdict(RewardError("unknown"))[0] == 2
+    assert console.verdict(RewardShapeError("shape")) == (1, "shape")
+    assert console.verdict(AdapterError("damaged")) == (1, "damaged")
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("can't allocate memory: 9"),
+    ):
+        code, text = console.verdict(error)
+        assert code == 1
+        assert "--batch-size" in text
+    code, text = console.verdict(KeyError("odd"))
+    assert code == 1
+    assert "--debug" in text
+    assert "KeyError" in text
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run(model: Path, place: Path) -> None:
+    result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--dry-run")
+    assert result.exit_code == 0, result.output
+    for words in ("trainable parameters", "denoiser calls", "memory", "time"):
+        assert words in result.stdout
+    said = run("train", model, *SMALL, "--prompts", "prompts.txt", "--dry-run", "--json")
+    (forecast,) = json_lines(said.stdout)
+    assert forecast["type"] == "forecast"
+    assert forecast["trainable_parameters"] > 0
+    assert forecast["denoiser_calls_per_step"] > 0
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_train_says_a_line_for_each_step_and_leaves_a_run_folder(model: Path) -> None:
+    result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--out", "out")
+    assert result.exit_code == 0, result.output
+    steps = [line for line in result.stdout.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1/2", "2/2"]
+    assert "before: held-out" in result.stdout
+    assert "2 held-out prompts, same noise" in result.stdout
+    assert "alignprop sample" in result.stdout
+    assert result.stderr == ""
+    for name in ("adapter.safetensors", "config.json", "metrics.jsonl", "curve.png", "before-after.png", "report.html"):
+        assert (Path("out") / name).stat().st_size > 0
+    assert load_file("out/adapter.safetensors")
+    again = run("train", model, *SMALL, "--prompts", "prompts.txt", "--out", "out")
+    assert again.exit_code == 1
+    assert "--out" in again.stderr
+
+
+@pytest.mark.usefixtures("place")
+def test_json_stands_alone_on_stdout_and_the_default_folder_is_named(model: Path) -> None:
+    result = run("train", model, *SMALL, "--prompt", "a dog", "--prompt", "a cat", "--json")
+    assert result.exit_code == 0, result.output
+    lines = json_lines(result.stdout)
+    assert [line["type"] for line in lines] == ["step", "step", "step", "result"]
+    assert [line.get("step") for line in lines[:3]] == [0, 1, 2]
+    assert lines[0]["loss"] is None
+    assert "reward" in lines[0]["evidence"]
+    last = lines[-1]
+    assert not last["interrupted"]
+    assert Path(last["files"]["adapter"]).is_file()
+    assert Path(last["run_folder"]).parent == Path("runs")
+    assert "brightness" in last["run_folder"]
+    assert "step 2/2" in result.stderr
+
+
+@pytest.mark.usefixtures("place")
+def test_quiet_says_only_where_the_files_are(model: Path) -> None:
+    result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--out", "out", "--quiet", "--eval-prompts", "0")
+    assert result.exit_code == 0, result.output
+    assert all("out" in line for line in result.stdout.splitlines())
+    assert "adapter:" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.usefixtures("place")
+def test_an_unexpected_error_is_one_line_and_debug_shows_where(model: Path) -> None:
+    Path("odd.py").write_text("def score(images):\n    raise KeyError('surprise')\n")
+    arguments = ["train", model, *SMALL, "--prompts", "prompts.txt", "--reward", "odd.py:score"]
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "surprise" in result.stderr
+    assert "Traceback" not in result.output
+    assert "Traceback" in run(*arguments, "--debug").stderr
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_130_and_everything_saved(number: int, model: Path, place: Path) -> None:
+    arguments = [*SMALL, "--steps", "10000", "--prompts", "prompts.txt", "--out", "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command("train", model, *arguments), cwd=place, **pipes) as process:
+        wait_for_lines(place / "out" / "metrics.jsonl", 3, process)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted after" in stdout
+    assert str(Path("out", "adapter.safetensors")) in stdout
+    assert "Traceback" not in stdout + stderr
+    assert load_file(place / "out" / "adapter.safetensors")
+    for line in (place / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert (place / "out" / "report.html").stat().st_size > 0
+    assert not list((place / "out").rglob("*.tmp"))
+
+
+def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        if process.poll() is not None or (path.exists() and len(path.read_text().splitlines()) >= lines):
+            return
+        time.sleep(0.1)
+
+
+# --- sample ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    done = run("train", model, *SMALL, "--prompt", "a dog", "--lr", "0.1", "--out", folder)
+    assert done.exit_code == 0, done.output
+    return folder / "adapter.safetensors"
+
+
+def test_sample_writes_pictures_that_say_how_they_were_made(model: Path, adapter: Path, place: Path) -> None:
+    arguments = [model, "a dog", "two cäts", "--num", "2", "--seed", "3", "--num-inference-steps", "2"]
+    result = run("sample", *arguments, "--adapter", adapter, "--scale", "0.5", "--out", "pictures")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    names = sorted(path.name for path in Path("pictures").iterdir())
+    assert names == ["001-a-dog.png", "002-a-dog.png", "003-two-cats.png", "004-two-cats.png", "grid.png"]
+    about = Image.open("pictures/004-two-cats.png").text  # type: ignore[attr-defined]
+    assert about["prompt"] == "two cäts"
+    assert (about["seed"], about["number"], about["scale"]) == ("3", "1", "0.5")
+    assert (about["adapter"], about["model"]) == ("adapter.safetensors", "tiny")
+    assert about["num_inference_steps"] == "2"
+    assert about["software"].startswith("alignprop-pipe ")
+    assert str(place) not in str(about)
+
+
+def test_sample_overwrites_nothing_and_repeats_by_seed(model: Path, place: Path) -> None:
+    for words in (["a dog"], ["a cat", "a dog"]):
+        assert run("sample", model, *words, "--num-inference-steps", "2", "--out", "p").exit_code == 0
+    names = sorted(path.name for path in (place / "p").iterdir())
+    assert names == ["001-a-dog.png", "002-a-cat.png", "003-a-dog.png", "grid-2.png", "grid.png"]
+    first, again = (Image.open(place / "p" / name).tobytes() for name in ("001-a-dog.png", "003-a-dog.png"))
+    assert len(first) == len(again)
+    largest = max(abs(a - b) for a, b in zip(first, again, strict=True))
+    assert largest <= 1  # same noise; a batch of another size may round otherwise
+
+
+@pytest.mark.usefixtures("place")
+def test_compare_puts_base_and_aligned_side_by_side(model: Path, adapter: Path) -> None:
+    words = [model, "a dog", "--num-inference-steps", "2"]
+    run_folder = adapter.parent
+    assert run("sample", *words, "--out", "plain").exit_code == 0
+    assert run("sample", *words, "--adapter", run_folder, "--out", "aligned").exit_code == 0
+    compared = run("sample", *words, "--adapter", run_folder, "--compare", "--out", "both", "--json")
+    assert compared.exit_code == 0, compared.output
+    (line,) = json_lines(compared.stdout)
+    assert line["file"] == str(Path("both/001-a-dog.png"))
+    both = Image.open("both/001-a-dog.png").convert("RGB")
+    plain, aligned = (Image.open(f"{name}/001-a-dog.png").convert("RGB") for name in ("plain", "aligned"))
+    assert plain.tobytes() != aligned.tobytes()
+    for shown, left in ((plain, 0), (aligned, both.width - 256)):
+        part = both.crop((left, both.height - 256, left + 256, both.height))
+        assert part.tobytes() == shown.resize((256, 256), Image.Resampling.NEAREST).tobytes()
+
+
+@pytest.mark.usefixtures("place")
+def test_an_adapter_of_another_model_is_refused(model: Path) -> None:
+    Path("other.safetensors").write_bytes(b"not a tensor file")
+    result = run("sample", model, "a dog", "--adapter", "other.safetensors")
+    assert result.exit_code == 1
+    assert "other.safetensors" in result.stderr
+    assert "Traceback" not in result.output

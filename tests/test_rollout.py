@@ -1,0 +1,422 @@
+"""The rollout on one pipeline: schedulers, precision, checkpointing, memory, and what it leaves behind."""
+
+import copy
+import inspect
+
+import by_hand
+import miniatures
+import pytest
+import torch
+from by_hand import PROMPTS, Chain, double_inside
+from diffusers import DiffusionPipeline
+from miniatures import make_scheduler
+from torch import Tensor, nn
+
+from alignprop_pipe import lora, stock
+from alignprop_pipe.config import AlignConfig, LoraOptions
+from alignprop_pipe.errors import PipelineError
+from alignprop_pipe.records import PromptBatch, Rollout
+from alignprop_pipe.rollout import rollout
+from alignprop_pipe.truncation import graded_steps
+
+# diffusers' Euler scheduler hands torch tensors to NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+EXACT = ["DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]
+EXACT += ["LCMScheduler"]
+SINGLE_INSIDE = ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"]
+STEPS = 4
+
+
+def adapted(pipe: DiffusionPipeline, dtype: torch.dtype = torch.float64, size: float = 0.3) -> list[nn.Parameter]:
+    """Put an adapter that is already in use on `pipe` and return its weights."""
+    pipe.to(dtype)
+    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    if dtype == torch.float64:
+        pipe.to(dtype)
+    weights = lora.trainable(stock.denoisers(pipe))
+    generator = torch.Generator().manual_seed(11)
+    for weight in weights:
+        weight.data.copy_(size * torch.randn(weight.shape, generator=generator))
+        weight.requires_grad_(True)
+    return weights
+
+
+def sd15(scheduler: str = "DDIMScheduler", dtype: torch.dtype = torch.float64) -> tuple[DiffusionPipeline, list]:
+    pipe = miniatures.sd15(make_scheduler(scheduler))
+    return pipe, adapted(pipe, dtype)
+
+
+def roll(pipe: DiffusionPipeline, *, seed: int = 0, extra: dict | None = None, **settings: object) -> Rollout:
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "height": 16, "width": 16, "truncation": "last:2"}
+    config = AlignConfig().replace(**{**defaults, **settings})
+    truncation_generator = torch.Generator().manual_seed(seed)
+    return rollout(pipe, PromptBatch(PROMPTS), config, by_hand.generators(), truncation_generator, **(extra or {}))
+
+
+def arguments(**settings: object) -> dict:
+    defaults = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "height": 16, "width": 16, "eta": 0.0}
+    return {"prompt": PROMPTS, **defaults, **settings}
+
+
+def gradient(images: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
+    return list(torch.autograd.grad(images.double().square().sum(), weights))
+
+
+# --- schedulers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [*EXACT, *SINGLE_INSIDE])
+def test_pictures_equal_the_stock_call_under_every_scheduler(scheduler):
+    pipe, _ = sd15(scheduler, torch.float32)
+    assert torch.equal(roll(pipe).images.detach(), by_hand.stock_pictures(pipe, arguments()))
+
+
+def check_gradient(pipe: DiffusionPipeline, weights: list, k: int, step: float, tolerance: float, **settings) -> None:
+    """Against an uncheckpointed chain, and against finite differences of the graded tail."""
+    chain = Chain(pipe, pipe.components.get("unet") or pipe.transformer, arguments(**settings), weights)
+    got = torch.autograd.grad(chain.score(roll(pipe, truncation=f"last:{k}", **settings).images), weights)
+    assert by_hand.relative_difference(got, chain.gradient(k)) < 1e-10
+    direction = by_hand.direction_of(got)
+    assert by_hand.dot(got, direction) == pytest.approx(chain.slope(k, direction, step), rel=tolerance)
+
+
+@pytest.mark.parametrize("scheduler", EXACT)
+def test_gradient_is_the_slope(scheduler):
+    pipe, weights = sd15(scheduler)
+    check_gradient(pipe, weights, k=2, step=1e-5, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("scheduler", SINGLE_INSIDE)
+def test_gradient_is_the_slope_where_the_scheduler_computes_in_float32(scheduler):
+    pipe, weights = sd15(scheduler)
+    check_gradient(pipe, weights, k=2, step=1e-3, tolerance=1e-3)
+    with double_inside():
+        check_gradient(pipe, weights, k=2, step=1e-5, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_flow_matching(scheduler):
+    pipe = miniatures.sd3(make_scheduler(scheduler))
+    weights = adapted(pipe, torch.float32)
+    settings = {"max_sequence_length": 16}
+    wanted = by_hand.stock_pictures(pipe, {k: v for k, v in arguments(**settings).items() if k != "eta"})
+    assert torch.equal(roll(pipe, extra=settings).images.detach(), wanted)
+    pipe.to(torch.float64)
+    with double_inside():
+        chain = Chain(pipe, pipe.transformer, {k: v for k, v in arguments(**settings).items() if k != "eta"}, weights)
+        got = torch.autograd.grad(chain.score(roll(pipe, extra=settings).images), weights)
+        assert by_hand.relative_difference(got, chain.gradient(2)) < 1e-10
+        direction = by_hand.direction_of(got)
+        assert by_hand.dot(got, direction) == pytest.approx(chain.slope(2, direction, 1e-5), rel=1e-7)
+
+
+# --- settings of the call -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eta": 1.0},
+        {"eta": 0.5, "guidance_scale": 1.0},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 7.5},
+        {"height": 16, "width": 24},
+        {"height": 24, "width": 8},
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 6},
+    ],
+    ids=str,
+)
+def test_settings_of_the_call(settings):
+    pipe, weights = sd15()
+    assert torch.equal(roll(pipe, **settings).images.detach(), by_hand.stock_pictures(pipe, arguments(**settings)))
+    check_gradient(pipe, weights, k=1, step=1e-5, tolerance=1e-6, **settings)
+
+
+def test_a_negative_prompt_is_passed_on():
+    pipe, _ = sd15(dtype=torch.float32)
+    wanted = by_hand.stock_pictures(pipe, arguments(negative_prompt=["a red ball"] * 2))
+    assert torch.equal(roll(pipe, negative_prompt="a red ball").images.detach(), wanted)
+    assert not torch.equal(roll(pipe).images.detach(), wanted)
+
+
+def test_arguments_of_this_pipeline_alone_are_passed_on():
+    pipe, _ = sd15(dtype=torch.float32)
+    wanted = by_hand.stock_pictures(pipe, arguments(guidance_rescale=0.7, clip_skip=1))
+    assert torch.equal(roll(pipe, extra={"guidance_rescale": 0.7, "clip_skip": 1}).images.detach(), wanted)
+
+
+def test_img2img_counts_the_steps_that_are_left():
+    pipe = miniatures.sd15_img2img()
+    weights = adapted(pipe, torch.float32)
+    extra = miniatures.FAMILIES["sd15_img2img"].call(2)
+    for truncation, graded in (("last:2", range(1, 3)), ("full", range(3)), ("last:50", range(3))):
+        result = roll(pipe, extra=extra, num_inference_steps=5, truncation=truncation)
+        assert result.num_steps == 3
+        assert result.graded == graded
+        assert all(part.any() for part in gradient(result.images, weights))
+
+
+# --- truncation -----------------------------------------------------------------------------------------------------
+
+
+def test_k_is_drawn_once_for_a_trajectory():
+    pipe, _ = sd15(dtype=torch.float32)
+    config = AlignConfig().replace(
+        num_inference_steps=6, guidance_scale=1.0, height=16, width=16, truncation="random", checkpointing="none"
+    )
+    seen = set()
+    for seed in range(8):
+        drawn, expected = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        graph: list[bool] = []
+        handle = pipe.unet.register_forward_hook(lambda _m, _a, out, graph=graph: graph.append(out[0].requires_grad))
+        with by_hand.hooked(handle):
+            result = rollout(pipe, PromptBatch(PROMPTS), config, by_hand.generators(), drawn)
+        assert result.graded == graded_steps(config.truncation, 6, expected)
+        assert torch.equal(drawn.get_state(), expected.get_state())  # one draw, no more
+        assert graph == [step in result.graded for step in range(6)]
+        seen.add(len(result.graded))
+    assert len(seen) > 2
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [miniatures.sd15, miniatures.sdxl, miniatures.flux])
+def test_half_precision_base_with_float32_adapter(make, dtype):
+    pipe = make()
+    weights = adapted(pipe, dtype, size=0.1)
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    wanted = by_hand.stock_pictures(pipe, {k: v for k, v in arguments().items() if k != "eta"})
+    with stock.frozen_for_training(pipe, weights):
+        result = roll(pipe, truncation="full")
+        assert (result.images.detach().float() - wanted.float()).abs().max() < 2e-2  # one rounding of half precision
+        grads = gradient(result.images, weights)
+    assert all(part.dtype == torch.float32 and part.isfinite().all() for part in grads)
+    assert sum(bool(part.any()) for part in grads) == len(grads)
+    assert {part.dtype for part in pipe.unet.parameters() if part.ndim == 4} == {dtype} if hasattr(pipe, "unet") else True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pictures_equal_the_stock_call(dtype):
+    pipe, _ = sd15(dtype=dtype)
+    assert torch.equal(roll(pipe).images.detach(), by_hand.stock_pictures(pipe, arguments()))
+
+
+def test_half_precision_img2img_encodes_its_picture():
+    pipe = miniatures.sd15_img2img()
+    weights = adapted(pipe, torch.float16, size=0.1)
+    with stock.frozen_for_training(pipe, weights):
+        result = roll(pipe, extra=miniatures.FAMILIES["sd15_img2img"].call(2), num_inference_steps=5)
+        assert all(part.isfinite().all() for part in gradient(result.images, weights))
+
+
+# --- checkpointing and memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncation", ["last:1", "last:3", "full"])
+def test_checkpointing_changes_no_gradient(truncation):
+    pipe, weights = sd15()
+    results = {
+        choice: roll(pipe, truncation=truncation, checkpointing=choice) for choice in ("all", "none", "0", "1", "9")
+    }
+    wanted = gradient(results["none"].images, weights)
+    for result in results.values():
+        assert torch.equal(result.images, results["none"].images)
+        if result is not results["none"]:
+            assert all(torch.equal(a, b) for a, b in zip(gradient(result.images, weights), wanted, strict=True))
+
+
+def test_checkpointing_says_which_steps_run_twice():
+    pipe, weights = sd15(dtype=torch.float32)
+    inside = pipe.unet.mid_block.resnets[0]
+    for choice, again in {"all": 3, "none": 0, "0": 3, "1": 2, "2": 1, "3": 0, "50": 0}.items():
+        calls = []
+        with by_hand.hooked(inside.register_forward_hook(lambda *_, calls=calls: calls.append(1))):
+            gradient(roll(pipe, truncation="last:3", checkpointing=choice).images, weights)
+        assert len(calls) == STEPS + again, choice
+
+
+def bytes_kept(pipe: DiffusionPipeline, **settings: object) -> int:
+    """Bytes of distinct storages that autograd keeps for the backward pass, the models' own weights left out."""
+    own = {parameter.untyped_storage().data_ptr() for part in stock.components(pipe).values() for parameter in part.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # a freed storage's address could come back
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = roll(pipe, truncation="full", **settings)
+    assert result.images.requires_grad
+    return sum(kept.values())
+
+
+def test_memory_is_flat_in_the_number_of_steps():
+    pipe, _ = sd15(dtype=torch.float32)
+    latents = 2 * 4 * 8 * 8 * 4  # batch, channels, height, width, bytes of a float32
+    growth = {}
+    for choice in ("all", "none"):
+        short, middle, long = (bytes_kept(pipe, checkpointing=choice, num_inference_steps=steps) for steps in (3, 6, 12))
+        growth[choice] = (long - middle) / 6
+        assert (middle - short) / 3 == pytest.approx(growth[choice], rel=0.2, abs=latents)
+    # Guidance doubles the batch, and the scheduler's sum keeps a handful of tensors.
+    assert growth["all"] <= 8 * latents
+    assert growth["none"] > 50 * latents
+
+
+def test_the_decoder_is_recomputed_too():
+    pipe, _ = sd15(dtype=torch.float32)
+    kept = bytes_kept(pipe, num_inference_steps=1)
+    picture = 2 * 3 * 16 * 16 * 4  # and one feature map of the decoder is larger than a picture
+    assert kept <= 4 * picture
+    with by_hand.hooked():
+        calls = []
+        handle = pipe.vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+        with by_hand.hooked(handle):
+            roll(pipe).images.sum().backward()
+    assert len(calls) == 2
+
+
+# --- the distance to the base model ---------------------------------------------------------------------------------
+
+
+def test_distance_is_the_mean_squared_change_of_the_prediction():
+    pipe, weights = sd15()
+    assert roll(pipe).distance is None
+    inputs: list[tuple[tuple, dict]] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _m, a, k: inputs.append((a, k)), with_kwargs=True)
+    with by_hand.hooked(handle):
+        stock_images = by_hand.stock_pictures(pipe, arguments())
+    changes = []
+    with torch.no_grad():
+        for args, kwargs in inputs[-2:]:
+            with_adapter = pipe.unet(*args, **kwargs)[0]
+            pipe.unet.disable_adapters()
+            changes.append((with_adapter - pipe.unet(*args, **kwargs)[0]).square().mean())
+            pipe.unet.enable_adapters()
+    for weight in weights:
+        weight.requires_grad_(True)
+    result = roll(pipe, distance_weight=0.5)
+    assert torch.equal(result.images.detach(), stock_images)
+    assert float(result.distance) == pytest.approx(float(torch.stack(changes).mean()), rel=1e-5)
+    assert all(part.any() for part in torch.autograd.grad(result.distance, weights))
+
+
+def test_distance_is_zero_for_a_new_adapter():
+    pipe = miniatures.sd15()
+    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    assert float(roll(pipe, distance_weight=1.0).distance) == 0.0
+
+
+# --- gradient mode and state ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradient_flows_also_where_the_caller_switched_it_off(mode):
+    pipe, weights = sd15()
+    wanted = gradient(roll(pipe).images, weights)
+    with mode():
+        result = roll(pipe)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(a, b) for a, b in zip(gradient(result.images, weights), wanted, strict=True))
+
+
+def state(pipe: DiffusionPipeline) -> dict:
+    """All that a rollout must leave as it was."""
+    found: dict = {"progress": copy.deepcopy(getattr(pipe, "_progress_bar_config", None)), "grad": torch.is_grad_enabled()}
+    for name, part in stock.components(pipe).items():
+        found[name, "own"] = {key: id(value) for key, value in vars(part).items() if callable(value)}
+        for path, module in part.named_modules():
+            hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            found[name, path] = (module.training, *(list(one) for one in hooks), "forward" in vars(module))
+        found[name, "weights"] = {
+            path: (weight.requires_grad, weight.dtype, weight.device, weight.grad is None)
+            for path, weight in part.named_parameters()
+        }
+    found["scheduler"] = {key for key, value in vars(pipe.scheduler).items() if inspect.isroutine(value)}
+    return found
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("broken_at", [None, 1, 3, "decoder"])
+def test_everything_is_left_as_it_was(broken_at):
+    pipe, weights = sd15(dtype=torch.float32)
+    pipe.unet.train()
+    pipe.vae.encoder.requires_grad_(True)
+    weights[0].requires_grad_(False)
+    calls = []
+
+    def breaks(module: nn.Module, *_: object) -> None:
+        calls.append(module)
+        if len(calls) == broken_at or (broken_at == "decoder" and module is pipe.vae.decoder):
+            raise Broken
+
+    with by_hand.hooked(*(part.register_forward_pre_hook(breaks) for part in (pipe.unet, pipe.vae.decoder))):
+        before = state(pipe)
+        if broken_at is None:
+            roll(pipe)
+        else:
+            with pytest.raises(Broken):
+                roll(pipe)
+        assert state(pipe) == before
+    pipe.unet.eval()
+    assert torch.equal(roll(pipe).images.detach(), by_hand.stock_pictures(pipe, arguments()))
+
+
+def test_a_forward_that_someone_else_replaced_is_put_back():
+    pipe, _ = sd15(dtype=torch.float32)
+    original, calls = pipe.unet.forward, []
+
+    def theirs(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    pipe.unet.forward = theirs
+    roll(pipe)
+    assert pipe.unet.forward is theirs
+    assert len(calls) == STEPS
+
+
+def test_the_base_model_gets_no_gradient():
+    pipe, weights = sd15(dtype=torch.float32)
+    roll(pipe).images.sum().backward()
+    trained = {id(weight) for weight in weights}
+    for part in stock.components(pipe).values():
+        assert all(weight.grad is None for weight in part.parameters() if id(weight) not in trained)
+    assert all(weight.grad is not None for weight in weights)
+
+
+def test_the_same_generators_give_the_same_pictures():
+    pipe, _ = sd15("EulerAncestralDiscreteScheduler", torch.float32)
+    first, second = (roll(pipe, seed=seed, truncation="random").images for seed in (1, 2))
+    assert torch.equal(first, second)  # the truncation draw is another one and moves no picture
+
+
+def test_a_scheduler_that_takes_other_steps_than_it_announced_is_refused():
+    pipe, _ = sd15(dtype=torch.float32)
+
+    class Skipping(type(pipe.scheduler)):
+        """Tells the pipeline of two timesteps more after the first call has been made."""
+
+        def step(self, *args: object, **kwargs: object) -> object:
+            result = super().step(*args, **kwargs)
+            raise_at = getattr(self, "taken", 0) + 1
+            self.taken = raise_at
+            return result
+
+    pipe.scheduler = Skipping.from_config(pipe.scheduler.config)
+    twice = pipe.unet.register_forward_hook(
+        lambda *_: pipe.scheduler.step(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 4, 8, 8))
+    )
+    with by_hand.hooked(twice), pytest.raises(PipelineError, match="num_inference_steps"):
+        roll(pipe)
