@@ -68,20 +68,26 @@ def align_steps(
 
     Raises PipelineError, PromptError, RewardError at once, TrainingDiverged while iterating.
     """
-    return _steps(start(pipe, reward, prompts, config, call_kwargs or {}), stop)
+    with autograd_on():
+        state = start(pipe, reward, prompts, config, call_kwargs or {})
+    return _steps(state, stop)
 
 
 def _steps(state: Training, stop: Callable[[], bool]) -> Iterator[StepRecord]:
     config = state.config
     try:
         if config.evaluation.eval_prompts:
-            yield first_look(state)
+            with autograd_on():
+                record = first_look(state)
+            yield record
         for step in range(1, config.steps + 1):
-            record = optimizer_step(state, step, stop)
+            with autograd_on():
+                record = optimizer_step(state, step, stop)
             yield record
             if stop() or (state.looks_without_gain and state.looks_without_gain == config.evaluation.patience):
                 break
     finally:
+        state.optimizer.zero_grad(set_to_none=True)  # what an interrupted step left
         if state.best is not None:
             lora.restore(state.denoisers, state.best)
 
@@ -91,6 +97,8 @@ def start(
 ) -> Training:
     """Check everything that can be checked before the first step, then put the adapter on."""
     denoisers = stock.denoisers(pipe)
+    stock.call_parameters(pipe)  # refuses a pipeline without prompts
+    stock.refuse_inference_weights(pipe)
     device = stock.device_of(pipe)
     train, held_out = prompts.split(config.evaluation.eval_prompts, config.seed)
     judges = [parse_reward(text).to(device) for text in config.evaluation.judges]
@@ -115,7 +123,7 @@ def dry_pictures(device: torch.device) -> Tensor:
     return (0.5 + 0.1 * torch.randn(2, 3, 64, 64, generator=generator_for("evidence", 0))).clamp(0, 1).to(device)
 
 
-# --- one optimizer step ----------------------------------------------------------------------------------------------------
+# --- one optimizer step ---
 
 
 def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda: False) -> StepRecord:
@@ -155,23 +163,23 @@ def accumulate(state: Training, step: int, first: int, whole: PromptBatch) -> tu
     batch = PromptBatch(whole.prompts[part], {name: list(values)[part] for name, values in whole.targets.items()})
     noise = [generator_for("noise", config.seed, step, first + i) for i in range(len(batch.prompts))]
     share = len(batch.prompts) / len(whole.prompts)
-    with autograd_on():
-        with autocast(state):
-            # One draw of K for all pictures of a step: their calls share the graph, and a split batch draws the same.
-            made = rollout(
-                state.pipe, batch, config, noise, generator_for("truncation", config.seed, step), **state.call_kwargs
-            )
-        scores = score_pictures(state.reward, made, batch)
-        loss = loss_of(config.loss, scores.total)
-        if made.distance is not None:
-            loss = loss + config.distance_weight * made.distance
-        state.scaler.scale(loss * share).backward()
+    with autocast(state):
+        # One draw of K for all pictures of a step: their calls share the graph, and a split batch draws the same.
+        made = rollout(
+            state.pipe, batch, config, noise, generator_for("truncation", config.seed, step), **state.call_kwargs
+        )
+    scores = score_pictures(state.reward, made, batch)
+    loss = loss_of(config.loss, scores.total)
+    if made.distance is not None:
+        loss = loss + config.distance_weight * made.distance
+    state.scaler.scale(loss * share).backward()
     distance = None if made.distance is None else made.distance.item()
     kept = Scores(scores.total.detach(), {name: part.detach() for name, part in scores.parts.items()})
     return loss.item() * share, kept, made.graded, distance
 
 
 def autocast(state: Training) -> AbstractContextManager[Any]:
+    """The precision that the configuration asks for, or no change."""
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(state.config.mixed_precision)
     return nullcontext() if precision is None else torch.autocast(stock.device_of(state.pipe).type, precision)
 
@@ -185,6 +193,7 @@ def score_pictures(reward: Reward, made: Rollout, batch: PromptBatch) -> Scores:
 
 
 def score_frames(reward: Reward, videos: Videos, batch: PromptBatch) -> Scores:
+    """Every frame against its video's prompt; the mean of a video's frames is its score."""
     frames = videos.shape[1]
     prompts = [prompt for prompt in batch.prompts for _ in range(frames)]
     targets = {name: [value for value in values for _ in range(frames)] for name, values in batch.targets.items()}
@@ -194,11 +203,13 @@ def score_frames(reward: Reward, videos: Videos, batch: PromptBatch) -> Scores:
 
 
 def clipped_norm(state: Training) -> float:
+    """Clip the gradient, and return its norm before that."""
     state.scaler.unscale_(state.optimizer)
     return torch.nn.utils.clip_grad_norm_(state.parameters, state.config.optimizer.max_grad_norm).item()
 
 
 def apply_gradient(state: Training, skipped: bool) -> None:
+    """Step or skip; raises TrainingDiverged after too many skips in a row."""
     if skipped:
         state.skipped_in_a_row += 1
     else:
@@ -213,7 +224,7 @@ def apply_gradient(state: Training, skipped: bool) -> None:
         )
 
 
-# --- evidence -----------------------------------------------------------------------------------------------------------------
+# --- evidence ---
 
 
 def is_look(config: AlignConfig, step: int, stopping: bool) -> bool:
@@ -241,10 +252,8 @@ def first_look(state: Training) -> StepRecord:
 
 def look(state: Training, step: int) -> Evidence:
     """Render and score the held-out prompts; remember the adapter if it is the best so far."""
-    evidence = evaluate(
-        state.pipe, state.reward, state.judges, state.held_out, state.config, step, **state.call_kwargs
-    )
-    if step > 0 and evidence.reward > state.best_score:
+    evidence = evaluate(state.pipe, state.reward, state.judges, state.held_out, state.config, step, **state.call_kwargs)
+    if step > 0 and math.isfinite(evidence.reward) and evidence.reward > state.best_score:
         state.best_score, state.looks_without_gain = evidence.reward, 0
         state.best = lora.snapshot(state.denoisers) if state.config.evaluation.keep_best else None
     elif step > 0:

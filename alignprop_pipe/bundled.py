@@ -48,9 +48,9 @@ MODELS: tuple[BundledModel, ...] = (
 )
 
 
-def preset_for(model: str | None) -> str | None:
-    """The preset made for a bundled model, or None for any other model."""
-    return next((entry.preset for entry in MODELS if entry.name == model), None)
+def preset_for(model: str | None) -> str:
+    """The preset that a run starts from: a bundled model's own, `fast` for every other model."""
+    return next((entry.preset for entry in MODELS if entry.name == model and entry.preset), "fast")
 
 
 def resolve_model(id_or_path: str) -> str:

@@ -36,7 +36,7 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-# --- truncation: which of the last steps carry gradient --------------------------------------------------------
+# --- truncation: which of the last steps carry gradient ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def truncation_from_text(text: str) -> Truncation:
     raise ConfigError(f"truncation {text!r} is not known; use one of: full, last:5, random, random:1-10")
 
 
-# --- gradient checkpointing: which graded steps are computed twice ----------------------------------------------
+# --- gradient checkpointing: which graded steps are computed twice ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def checkpointing_from_text(text: str) -> Checkpointing:
         ) from None
 
 
-# --- losses: what the optimizer makes of the rewards -------------------------------------------------------------
+# --- losses: what the optimizer makes of the rewards ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def loss_from_text(text: str) -> Loss:
     raise ConfigError(f"loss {text!r} is not known; use one of: maximize, target:10, hinge:2")
 
 
-# --- the fields ----------------------------------------------------------------------------------------------------
+# --- the fields ---
 
 
 def option(
@@ -468,12 +468,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "emoji": {
         "steps": 50,
-        "batch_size": 8,
+        "batch_size": 12,
         "rank": 8,
-        "num_inference_steps": 10,
-        "guidance_scale": 2.0,
+        "lr": 3e-3,
         "weight_decay": 1e-4,
         "max_grad_norm": 1.0,
+        "truncation": RandomLastK(4),
+        "checkpointing": RecomputeNone(),
+        "num_inference_steps": 10,
+        "guidance_scale": 1.0,
         "eval_prompts": 100,
         "eval_batch_size": 25,
         "eval_every": 0,
@@ -498,7 +501,7 @@ def value_from(name: str, spec: dataclasses.Field, value: Any) -> Any:
     return _exact(name, spec, value)
 
 
-# --- inside ----------------------------------------------------------------------------------------------------------
+# --- inside ---
 
 
 def _exact(name: str, spec: dataclasses.Field, value: Any) -> Any:

@@ -37,7 +37,7 @@ class AdapterError(AlignError):
     """An adapter file is missing, damaged, or made for another model."""
 
 
-class TrainingDiverged(AlignError):  # noqa: N818 - what happened, not a kind of mistake
+class TrainingDiverged(AlignError):
     """Several steps in a row had a loss or gradient that was not finite."""
 
 

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pdist
 
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AlignError, PipelineError, PromptError
 from alignprop_pipe.prompts import PromptSet
-from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
-from alignprop_pipe.report import Change
+from alignprop_pipe.records import Change, Evidence, Images, PromptBatch, Scores, Videos
 from alignprop_pipe.rewards.base import Reward, WeightedSum, merge_parts
 from alignprop_pipe.seeds import generator_for
 from alignprop_pipe.stock import call_arguments

@@ -8,6 +8,7 @@ file before it touches the pipeline.
 import json
 import math
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +40,10 @@ from alignprop_pipe.export_keys import (
     common_shape,
     diffusers_keys,
     misfit,
+    networks,
 )
 from alignprop_pipe.files import write_whole
 from alignprop_pipe.lora import ADAPTER_NAME
-from alignprop_pipe.stock import components
 
 Format = Literal["diffusers", "kohya", "both"]
 
@@ -139,7 +140,7 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, scale: float = 1.0) 
     source = _source(path)
     tensors, header = _read(source)
     adapter = _fitting(pipe, tensors, header, source)
-    parts = components(pipe)
+    parts = networks(pipe)
     required = [(parameter, parameter.requires_grad) for name in adapter for parameter in parts[name].parameters()]
     for part in parts.values():
         _remove(part)
@@ -151,7 +152,9 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, scale: float = 1.0) 
     except Exception as error:
         for part in parts.values():
             _remove(part)
-        raise AdapterError(f"{source.name} could not be put on {type(pipe).__name__}: {error}") from error
+        raise AdapterError(
+            f"{source.name} could not be put on {type(pipe).__name__}, which is without adapter now: {error}"
+        ) from error
     finally:
         for parameter, was in required:
             parameter.requires_grad_(was)
@@ -213,7 +216,7 @@ def _fitting(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Mappin
         raise AdapterError(
             f"{source.name} holds no LoRA that {type(pipe).__name__} can read ({error}); {way_out}"
         ) from error
-    parts = components(pipe)
+    parts = networks(pipe)
     misfits = [
         f"{name}.{path} {problem}"
         for name, layers in adapter.items()
@@ -241,13 +244,15 @@ def _install(pipe: DiffusionPipeline, part: nn.Module, layers: Mapping[str, Fact
     state = {}
     for path, factors in layers.items():
         state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = factors.down, factors.up
-    if isinstance(part, PeftAdapterMixin):
-        load: Any = part.load_lora_adapter  # whose prefix may be None, against its annotation
-        load(state, prefix=None, adapter_name=ADAPTER_NAME, metadata=config, _pipeline=pipe)
-    else:  # a text encoder, or a denoiser to which diffusers gives no such method
-        inject_adapter_in_model(LoraConfig(**config), part, ADAPTER_NAME, state_dict=state)
-        set_peft_model_state_dict(part, state, ADAPTER_NAME)
-        part._hf_peft_config_loaded = True  # type: ignore[assignment]  # as diffusers and transformers mark it
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # other adapters may stay
+        if isinstance(part, PeftAdapterMixin):
+            load: Any = part.load_lora_adapter  # whose prefix may be None, against its annotation
+            load(state, prefix=None, adapter_name=ADAPTER_NAME, metadata=config, _pipeline=pipe)
+        else:  # a text encoder, or a denoiser to which diffusers gives no such method
+            inject_adapter_in_model(LoraConfig(**config), part, ADAPTER_NAME, state_dict=state)
+            set_peft_model_state_dict(part, state, ADAPTER_NAME)
+            part._hf_peft_config_loaded = True  # type: ignore[assignment]  # as diffusers and transformers mark it
     for layer in part.modules():
         if isinstance(layer, LoraLayer):
             layer.train(part.training)

@@ -18,9 +18,10 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
+    DIFFUSERS_OLD_TO_PEFT,
+    DIFFUSERS_TO_PEFT,
+    convert_state_dict,
     convert_state_dict_to_kohya,
-    convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
 from peft.tuners.lora import LoraLayer
@@ -73,15 +74,19 @@ Adapter = dict[str, dict[str, Factors]]
 # --- out of a pipeline ----------------------------------------------------------------------------------------------
 
 
+def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name, without the wrapper of compiled ones."""
+    return {name: getattr(part, "_orig_mod", part) for name, part in components(pipe).items()}
+
+
 def adapter_in(pipe: DiffusionPipeline) -> Adapter:
     """The adapter that the denoisers of `pipe` hold. Raises AdapterError if they hold none."""
     found = {}
-    for name, part in components(pipe).items():
-        inner: Any = getattr(part, "_orig_mod", part)  # a compiled denoiser
-        if isinstance(inner, ModelMixin):  # no text encoder
+    for name, part in networks(pipe).items():
+        if isinstance(part, ModelMixin):  # no text encoder
             found[name] = {
                 path: _factors_of(layer)
-                for path, layer in inner.named_modules()
+                for path, layer in part.named_modules()
                 if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_A
             }
     found = {name: layers for name, layers in found.items() if layers}
@@ -118,8 +123,7 @@ def diffusers_keys(adapter: Adapter) -> dict[str, Tensor]:
 def comfyui_keys(pipe: DiffusionPipeline, name: str, layers: dict[str, Factors]) -> dict[str, Tensor]:
     """Tensors of one denoiser as ComfyUI finds them: kohya's names for a UNet, else those of its own key map."""
     if name != "unet":
-        part = getattr(pipe, name)
-        kind = type(getattr(part, "_orig_mod", part)).__name__
+        kind = type(networks(pipe)[name]).__name__
         prefix = "diffusion_model" if kind in COMFYUI_KEYS else "transformer"
         return diffusers_keys({prefix: {_renamed(path, COMFYUI_KEYS.get(kind, {})): f for path, f in layers.items()}})
     plain = {}
@@ -149,9 +153,8 @@ def adapter_from(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Ma
         options["return_alphas"] = True
     converted = read(dict(tensors), **options)
     state, alphas = converted if isinstance(converted, tuple) else (converted, None)
-    parts = components(pipe)
-    networks = (name for name, part in parts.items() if isinstance(part, ModelMixin) and not hasattr(part, "decode"))
-    sole = next(networks, "")
+    parts = networks(pipe)
+    sole = next((n for n, part in parts.items() if isinstance(part, ModelMixin) and not hasattr(part, "decode")), "")
     by_part: dict[str, dict[str, Any]] = {}
     for key, value in {**state, **(alphas or {})}.items():
         head, _, rest = key.partition(".")
@@ -171,7 +174,7 @@ def _layers(part: nn.Module, keys: dict[str, Any], config: Mapping[str, Any]) ->
     if isinstance(part, ModelMixin):
         keys = convert_unet_state_dict_to_peft(keys)
     else:
-        keys = convert_state_dict_to_peft(convert_state_dict_to_diffusers(keys))
+        keys = convert_state_dict(keys, {**DIFFUSERS_OLD_TO_PEFT, **DIFFUSERS_TO_PEFT})
         if not hasattr(part, "text_model"):  # newer CLIPTextModel have no such level
             keys = {key.removeprefix("text_model."): value for key, value in keys.items()}
     found: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.config import AlignConfig, KeepSteps, LastK, RecomputeNone
+from alignprop_pipe.config import (
+    AlignConfig,
+    FullBackprop,
+    KeepSteps,
+    LastK,
+    RandomLastK,
+    RecomputeNone,
+    Truncation,
+)
 from alignprop_pipe.memory import recomputed
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.rollout import autograd_on, rollout
@@ -41,15 +49,16 @@ def forecast(pipe: DiffusionPipeline, config: AlignConfig) -> Forecast:
     The reward's own cost is not in it. Raises PipelineError.
     """
     denoisers = stock.denoisers(pipe)
-    lora.attach(denoisers, config.lora, config.seed)
-    parameters = lora.trainable(denoisers)
-    try:
-        with stock.frozen_for_training(pipe, parameters):
-            probe(pipe, config, 2)  # the first call pays for warming up
-            short, long = probe(pipe, config, 2), probe(pipe, config, 4)
-        return scaled(pipe, config, short, long, sum(parameter.numel() for parameter in parameters))
-    finally:
-        lora.detach(denoisers)
+    with lora.taken_out(denoisers.values()):  # an adapter of an earlier run stays what it was
+        try:
+            lora.attach(denoisers, config.lora, config.seed)
+            parameters = lora.trainable(denoisers)
+            with stock.frozen_for_training(pipe, parameters):
+                probe(pipe, config, 2)  # the first call pays for warming up
+                short, long = probe(pipe, config, 2), probe(pipe, config, 4)
+            return scaled(pipe, config, short, long, sum(parameter.numel() for parameter in parameters))
+        finally:
+            lora.detach(denoisers)
 
 
 def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
@@ -57,10 +66,13 @@ def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
     short = config.replace(num_inference_steps=steps, truncation=LastK(steps // 2), checkpointing=RecomputeNone())
     batch = PromptBatch(["a picture"] * config.batch_size)
     noise = [generator_for("noise", config.seed, 0, i) for i in range(config.batch_size)]
+    weights = {p.untyped_storage().data_ptr() for part in stock.components(pipe).values() for p in part.parameters()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with autograd_on():
@@ -75,6 +87,7 @@ def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
 
 
 def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Probe, trainable: int) -> Forecast:
+    """From two short chains to the one that the configuration asks for."""
     gained = max(1, long.steps - short.steps)
     graded_gained = max(1, long.steps // 2 - short.steps // 2)
     per_step = max(0.0, long.forward - short.forward) / gained
@@ -87,7 +100,7 @@ def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Pro
     twice = sum(recomputed(config.checkpointing, step, every) for step in every)
     fixed = short.forward + short.backward - short.steps * per_step - short.steps // 2 * per_graded
     seconds = max(0.0, fixed) + (total + twice) * per_step + graded * per_graded
-    at_once = held_at_once(config, round(graded))
+    at_once = held_at_once(config, most_graded_steps(config.truncation, total))
     weights = sum(p.numel() * p.element_size() for part in stock.components(pipe).values() for p in part.parameters())
     decoder = max(0.0, short.kept - short.steps // 2 * activations)
     return Forecast(
@@ -96,6 +109,15 @@ def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Pro
         memory_mb=(weights + 16 * trainable + decoder + at_once * activations) / 2**20,
         seconds_per_step=seconds * config.gradient_accumulation_steps,
     )
+
+
+def most_graded_steps(rule: Truncation, num_steps: int) -> int:
+    """The largest K that a trajectory can draw."""
+    match rule:
+        case FullBackprop() | RandomLastK(high=None):
+            return num_steps
+        case LastK(k) | RandomLastK(high=int(k)):
+            return min(k, num_steps)
 
 
 def held_at_once(config: AlignConfig, graded: int) -> int:

@@ -5,19 +5,22 @@ pipeline takes this one, and pictures, files and arguments stay the stock ones.
 """
 
 import logging
+import os
 import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
 from alignprop_pipe import export, lora, stock
@@ -26,10 +29,11 @@ from alignprop_pipe.bundled import preset_for, resolve_model
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.prompts import PromptSet
-from alignprop_pipe.records import StepRecord
+from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.registry import as_reward
+from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +52,9 @@ class AlignPropPipeline(DiffusionPipeline):
         `kwargs` are those of `DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, `variant`, ...).
         """
         name = str(pretrained_model_name_or_path)
-        pipe = DiffusionPipeline.from_pretrained(resolve_model(name), **kwargs)
+        folder = resolve_model(name)
+        with autograd_on(), known_types() if folder != name else nullcontext():
+            pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
         return cls.from_pipe(pipe)
 
@@ -80,7 +86,8 @@ class AlignPropPipeline(DiffusionPipeline):
         """
         path = str(pretrained_model_link_or_path)
         chosen = pipeline_class or single_file_class(path, kwargs)
-        return cls.from_pipe(chosen.from_single_file(path, **kwargs))
+        with autograd_on():
+            return cls.from_pipe(chosen.from_single_file(path, **kwargs))
 
     def align(
         self,
@@ -111,26 +118,37 @@ class AlignPropPipeline(DiffusionPipeline):
             ConfigError, PromptError, PipelineError, RewardError: before anything is trained.
             TrainingDiverged: too many steps in a row were not finite; with `out`, the last good adapter is there.
         """
-        began = time.monotonic()
-        base = config if config is not None else AlignConfig.preset(preset_for(self.name_or_path) or "paper")
+        base = config if config is not None else AlignConfig.preset(preset_for(self.name_or_path))
         config, call_kwargs = settings(self, base, overrides)
         reward, prompt_set = as_reward(reward), PromptSet.load(prompts)
         tell_about(self, prompt_set)
-        history: list[StepRecord] = []
+        session = Session(self, reward, prompt_set, config)
         with stop_on_interrupt() as stop:
             steps = align_steps(self, reward, prompt_set, config, call_kwargs, stop.is_set)
             try:
-                run = None if out is None else open_run(self, out, config, reward, prompts)
-                interrupted = drain(steps, history, run, on_step) or stop.is_set()
+                if out is not None:
+                    session.run = open_run(self, out, config, reward, prompts)
+                interrupted = drain(steps, session, on_step) or stop.is_set()
                 steps.close()
-                return conclude(self, reward, config, history, run, interrupted, prompt_set, time.monotonic() - began)
+                return conclude(session, interrupted)
             except BaseException as error:
                 steps.close()
-                if history and history[-1].step > 0 and run is not None:
-                    status = f"failed: {error}" if str(error) else f"failed: {type(error).__name__}"
-                    conclude(self, reward, config, history, run, True, prompt_set, time.monotonic() - began, status)
-                lora.detach(stock.denoisers(self))
+                try:
+                    if session.steps and session.run is not None:
+                        conclude(session, True, f"failed: {error or type(error).__name__}")
+                finally:
+                    lora.detach(stock.denoisers(self))
                 raise
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write the base model in diffusers' folder format, and the adapter, if there is one, as a file in it.
+
+        Stock diffusers opens the folder; `load_lora_weights(save_directory)` there puts the adapter on.
+        """
+        if lora.trainable(stock.components(self)):
+            export.save_adapter(self, Path(save_directory) / LORA_WEIGHT_NAME_SAFE, format="diffusers")
+        with lora.taken_out(stock.components(self).values()):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_adapter(self, path: str | Path, format: str = "both", **metadata: str) -> list[Path]:
         """Write the adapter as safetensors: `diffusers` keys, `kohya` keys (for ComfyUI), or both side by side.
@@ -144,7 +162,22 @@ class AlignPropPipeline(DiffusionPipeline):
         export.load_adapter(self, path, scale)
 
 
-# --- classes -------------------------------------------------------------------------------------------------------------
+@contextmanager
+def known_types() -> Iterator[None]:
+    """No warning that a bundled model's decoder is not of the class in the type hint: it is meant to be another."""
+    library = logging.getLogger("diffusers.pipelines.pipeline_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Expected types" not in record.getMessage()
+
+    library.addFilter(keep)
+    try:
+        yield
+    finally:
+        library.removeFilter(keep)
+
+
+# --- classes ---
 
 
 def stock_class(kind: type) -> type:
@@ -183,7 +216,7 @@ def single_file_class(path: str, kwargs: Mapping[str, Any]) -> type:
     return getattr(diffusers, name)
 
 
-# --- the steps of align -----------------------------------------------------------------------------------------------------
+# --- the steps of align ---
 
 
 def settings(
@@ -217,6 +250,7 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet) -> None:
 
 
 def open_run(pipe: DiffusionPipeline, out: str | Path, config: AlignConfig, reward: Reward, prompts: Any) -> RunFolder:
+    """The run folder, once everything has been checked."""
     model = pipe.name_or_path or stock_class(type(pipe)).__name__
     source = str(prompts) if isinstance(prompts, str | Path) else list(PromptSet.load(prompts).prompts)
     return RunFolder.create(
@@ -235,18 +269,40 @@ def repeat_command(model: str, reward: Reward, prompts: str | list[str]) -> str:
     )
 
 
-def drain(
-    steps: Iterator[StepRecord],
-    history: list[StepRecord],
-    run: RunFolder | None,
-    on_step: Callable[[StepRecord], object] | None,
-) -> bool:
+@dataclass(slots=True)
+class Session:
+    """One call of `align`: what it was asked, and what has come of it so far."""
+
+    pipe: DiffusionPipeline
+    reward: Reward
+    prompts: PromptSet
+    config: AlignConfig
+    run: RunFolder | None = None
+    history: list[StepRecord] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self.history[-1].step if self.history else 0
+
+    def remember(self, record: StepRecord) -> None:
+        """Append a record; of the looks, only the first and the kept one hold on to their pictures."""
+        self.history.append(record)
+        kept = kept_evidence(self.history, self.config)
+        for number, old in enumerate(self.history[1:], start=1):
+            look = old.evidence
+            if look is not None and look is not kept and look.images is not None:
+                self.history[number] = replace(old, evidence=replace(look, images=None))
+        if self.run is not None:
+            self.run.append(record)
+
+
+def drain(steps: Iterator[StepRecord], session: Session, on_step: Callable[[StepRecord], object] | None) -> bool:
     """Run the loop to its end; true if it was interrupted."""
     try:
         for record in steps:
-            history.append(record)
-            if run is not None:
-                run.append(record)
+            session.remember(record)
             if on_step is not None:
                 on_step(record)
     except KeyboardInterrupt:
@@ -254,41 +310,31 @@ def drain(
     return False
 
 
-def conclude(
-    pipe: DiffusionPipeline,
-    reward: Reward,
-    config: AlignConfig,
-    history: list[StepRecord],
-    run: RunFolder | None,
-    interrupted: bool,
-    prompts: PromptSet,
-    seconds: float,
-    status: str = "",
-) -> AlignResult:
-    """Save what there is and say how the run ended."""
-    before = history[0].evidence if history else None
-    after = kept_evidence(history, config)
+def conclude(session: Session, interrupted: bool, status: str = "") -> AlignResult:
+    """Save what there is and say how the run ended; an empty `status` is found out here."""
+    pipe, config, run, done = session.pipe, session.config, session.run, session.steps
+    before = session.history[0].evidence if session.history else None
+    after = kept_evidence(session.history, config)
     changes = changes_between(before, after)
-    done = history[-1].step if history else 0
     if not status and interrupted:
         status = f"interrupted after {done} of {config.steps} steps"
     elif not status and done < config.steps:
         status = f"no better held-out score for {config.evaluation.patience} looks: ended after {done} steps"
-    adapter = {name: tensor.float().cpu().clone() for name, tensor in export.adapter_state(pipe).items()}
+    with autograd_on():  # in inference mode the copies would be of no use outside it
+        adapter = {name: tensor.float().cpu().clone() for name, tensor in export.adapter_state(pipe).items()}
     if run is not None:
-        metadata = adapter_metadata(pipe, reward, config, prompts, done, changes)
-        export.save_adapter(pipe, run.adapter_path, metadata=metadata)
+        export.save_adapter(pipe, run.adapter_path, metadata=adapter_metadata(session, changes))
         if after is not None:
             run.evidence(after, "after")
         run.finish(changes, status or "completed")
     return AlignResult(
-        reward=str(reward),
+        reward=str(session.reward),
         config=config,
         adapter=adapter,
-        history=tuple(history),
+        history=tuple(session.history),
         before=before,
         after=after,
-        seconds=seconds,
+        seconds=time.monotonic() - session.began,
         run_folder=None if run is None else run.path,
         adapter_path=None if run is None else run.adapter_path,
         interrupted=interrupted,
@@ -297,12 +343,16 @@ def conclude(
     )
 
 
-def adapter_metadata(
-    pipe: DiffusionPipeline, reward: Reward, config: AlignConfig, prompts: PromptSet, step: int, changes: Mapping
-) -> dict[str, str]:
+def adapter_metadata(session: Session, changes: Mapping[str, Change]) -> dict[str, str]:
+    """What the adapter's header says of the run."""
     scores = {name: [round(change.before, 4), round(change.after, 4)] for name, change in changes.items()}
     return export.describe(
-        pipe, reward=str(reward), config=config.to_json(), step=step, prompts=prompts.prompts, scores=scores
+        session.pipe,
+        reward=str(session.reward),
+        config=session.config.to_json(),
+        step=session.steps,
+        prompts=session.prompts.prompts,
+        scores=scores,
     )
 
 
@@ -328,5 +378,3 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -74,3 +74,12 @@ class StepRecord:
     memory_mb: float
     skipped: bool = False
     evidence: Evidence | None = None
+
+
+class Change(NamedTuple):
+    """A held-out score before and after, and the standard error of the mean of the paired differences."""
+
+    before: float
+    after: float
+    difference: float
+    standard_error: float

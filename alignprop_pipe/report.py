@@ -14,20 +14,11 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 from alignprop_pipe.config import FIELD_PATHS, AlignConfig
 from alignprop_pipe.files import write_whole
-from alignprop_pipe.records import Evidence, StepRecord
-
-
-class Change(NamedTuple):
-    """A held-out score before and after, and the standard error of the mean of the paired differences."""
-
-    before: float
-    after: float
-    difference: float
-    standard_error: float
+from alignprop_pipe.records import Change, Evidence, StepRecord
 
 
 @dataclass(frozen=True, slots=True)

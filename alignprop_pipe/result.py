@@ -1,6 +1,7 @@
 """What `align` gives back: the adapter, the history, and the evidence that it made the pictures better."""
 
 import html
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.evidence import Change, paired_change
-from alignprop_pipe.records import Evidence, StepRecord
+from alignprop_pipe.evidence import paired_change
+from alignprop_pipe.records import Change, Evidence, StepRecord
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -61,6 +62,7 @@ class AlignResult:
 
 
 def change_text(change: Change) -> str:
+    """`0.500 -> 0.700 (+0.200 +- 0.050)`."""
     return f"{change.before:.3f} -> {change.after:.3f} ({change.difference:+.3f} +- {change.standard_error:.3f})"
 
 
@@ -69,8 +71,10 @@ def kept_evidence(history: list[StepRecord], config: AlignConfig) -> Evidence | 
     looks = [record.evidence for record in history if record.step > 0 and record.evidence is not None]
     if not looks:
         return None
-    return max(looks, key=lambda look: look.reward) if config.evaluation.keep_best else looks[-1]
+    finite = [look for look in looks if math.isfinite(look.reward)]
+    return max(finite, key=lambda look: look.reward) if config.evaluation.keep_best and finite else looks[-1]
 
 
 def changes_between(before: Evidence | None, after: Evidence | None) -> Mapping[str, Change]:
+    """Every held-out score before and after; nothing where one side is missing."""
     return {} if before is None or after is None else paired_change(before, after)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
@@ -96,7 +97,7 @@ def _pictures(output: Any) -> Tensor:
     return images
 
 
-# --- what is put round the stock parts, and taken off again ---------------------------------------------------------------
+# --- what is put round the stock parts, and taken off again ---
 
 
 @contextmanager
@@ -180,14 +181,34 @@ def _distance_to_base(
     return mse_loss(output[0].float(), base[0].float())
 
 
-def _checkpointed_decode(decoder: nn.Module) -> Forward:
-    decode = decoder.decode
-    dtype = next(decoder.parameters()).dtype
+class _Decoding(nn.Module):
+    """`decode` as a forward, so that it can run with weights of another precision."""
 
-    @functools.wraps(decode)
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.decode = decoder, decoder.decode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.decode(*args, **kwargs)
+
+
+def _checkpointed_decode(decoder: nn.Module) -> Forward:
+    """Recomputed in the backward pass, which comes after the stock call has cast its decoder down again.
+
+    So the weights are cast on the way in, each time; the decoder itself stays as it is.
+    """
+    dtype, decoding = stock.decoding_dtype(decoder), _Decoding(decoder)
+
+    def in_dtype(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        floats = {name: p for name, p in decoding.named_parameters() if p.is_floating_point() and p.dtype != dtype}
+        weights = {name: parameter.to(dtype) for name, parameter in floats.items()}
+        return functional_call(decoding, weights, (latents, *args), kwargs)
+
+    @functools.wraps(decoder.decode)
     def call(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        latents = latents.to(dtype)
         if not latents.requires_grad:
-            return decode(latents.to(dtype), *args, **kwargs)
-        return checkpoint(decode, latents.to(dtype), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return in_dtype(latents, *args, **kwargs)
+        return checkpoint(in_dtype, latents, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return call

@@ -22,7 +22,7 @@ from alignprop_pipe import drawings, report
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import write_whole
-from alignprop_pipe.records import Evidence, StepRecord
+from alignprop_pipe.records import Change, Evidence, StepRecord
 
 When = Literal["before", "during", "after"]
 
@@ -158,13 +158,13 @@ class RunFolder:
 
         Args:
             changes: name of a held-out score ("reward", a part, a judge) -> its mean before, after, their difference
-                and the standard error of the paired differences, as `report.Change`.
+                and the standard error of the paired differences, as `records.Change`.
             status: how the run ended, in a few words, such as "interrupted after 12 of 60 steps".
 
         Raises:
             RunError: a file cannot be written.
         """
-        named = {name: report.Change(*numbers) for name, numbers in (changes or {}).items()}
+        named = {name: Change(*numbers) for name, numbers in (changes or {}).items()}
         self.about["result"] = {
             "status": status,
             "ended": _now(),
@@ -183,7 +183,7 @@ class RunFolder:
         report.write_report_html(self._summary(named, status), path)
         return path
 
-    def _summary(self, changes: Mapping[str, report.Change], status: str) -> report.RunSummary:
+    def _summary(self, changes: Mapping[str, Change], status: str) -> report.RunSummary:
         before, after = self.before, self.after
         pairs: list[report.Pair] = []
         caption = ""

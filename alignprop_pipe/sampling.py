@@ -22,7 +22,7 @@ from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.seeds import generator_for
 
 SMALLEST_SHOWN = 256
-"""Sides shorter than this are enlarged where pictures stand side by side, so that a label fits."""
+"""Pictures with shorter sides are enlarged where a person looks at several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Imag
 
 def side_by_side(images: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
     """Pictures next to each other, each under its label; small ones are enlarged without smoothing."""
-    shown = [_enlarged(image) for image in images]
+    shown = [enlarged(image) for image in images]
     bar = 24
     framed = [Image.new("RGB", (image.width, image.height + bar), "white") for image in shown]
     for frame, image, label in zip(framed, shown, labels, strict=True):
@@ -101,7 +101,8 @@ def side_by_side(images: Sequence[Image.Image], labels: Sequence[str]) -> Image.
     return make_grid(framed, columns=len(framed))
 
 
-def _enlarged(image: Image.Image) -> Image.Image:
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small picture in whole multiples of its pixels, a large one as it is."""
     factor = -(-SMALLEST_SHOWN // min(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 

@@ -1,8 +1,8 @@
 """What a stock diffusers pipeline is made of, found by structure: denoisers, decoder, scheduler, guards.
 
-No family is named here. A denoiser is a component that takes LoRA layers and does not decode; the decoder is the
-component that does. `frozen_for_training` puts a pipeline into the state that a rollout and its backward pass
-need, and gives everything back as it was.
+No family is named here. A denoiser is a network of diffusers that does not decode; the decoder is the one that does.
+`frozen_for_training` puts a pipeline into the state that a rollout and its backward pass need, and gives everything
+back as it was.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -33,12 +34,13 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
     Raises PipelineError if there is none, or if one is compiled, quantised or offloaded.
     """
-    named = getattr(pipe, "_lora_loadable_modules", None)
+    listed = getattr(pipe, "_lora_loadable_modules", ())  # not every pipeline has the list
     found = {}
     for name, part in components(pipe).items():
         inner = getattr(part, "_orig_mod", part)
-        is_denoiser = isinstance(inner, PeftAdapterMixin) and not hasattr(inner, "decode")
-        if is_denoiser and (named is None or name in named or name.startswith("transformer")):
+        is_named = name in listed or name.startswith(("unet", "transformer"))
+        is_chosen = is_named or (not listed and isinstance(inner, PeftAdapterMixin))
+        if is_chosen and isinstance(inner, ModelMixin) and not hasattr(inner, "decode"):
             _refuse_unusable(name, part)
             found[name] = part
     if not found:
@@ -50,8 +52,16 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return found
 
 
+def _predicts_noise(part: nn.Module) -> bool:
+    """A network of diffusers that is told the timestep, and neither decodes nor is told a control picture."""
+    taken = inspect.signature(type(part).forward).parameters
+    is_told_the_time = any(name in taken for name in ("t", "timestep", "timesteps"))
+    is_helper = hasattr(part, "decode") or "controlnet_cond" in taken
+    return isinstance(part, ModelMixin) and is_told_the_time and not is_helper
+
+
 def _refuse_unusable(name: str, part: nn.Module) -> None:
-    if hasattr(part, "_orig_mod"):
+    if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
         raise PipelineError(f"{name} is compiled: call align() first and torch.compile the pipeline afterwards")
     if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
         raise PipelineError(
@@ -65,6 +75,16 @@ def _refuse_unusable(name: str, part: nn.Module) -> None:
             f"{name} is offloaded, and its weights would leave the device before the backward pass needs them: "
             "call pipe.remove_all_hooks() and pipe.to('cuda'); gradient checkpointing already saves the memory"
         )
+
+
+def refuse_inference_weights(pipe: DiffusionPipeline) -> None:
+    """Raises PipelineError for weights that were made under torch.inference_mode(): autograd cannot keep them."""
+    for name, part in components(pipe).items():
+        if any(parameter.is_inference() for parameter in part.parameters()):
+            raise PipelineError(
+                f"{name} was loaded under torch.inference_mode(), and no gradient goes through such weights: load the "
+                "pipeline with AlignPropPipeline.from_pretrained(...), or under torch.inference_mode(False)"
+            )
 
 
 def decoder(pipe: DiffusionPipeline) -> nn.Module | None:
@@ -81,12 +101,18 @@ def scheduler(pipe: DiffusionPipeline) -> Any:
 
 
 def device_of(pipe: DiffusionPipeline) -> torch.device:
+    """Where the denoiser is."""
     return next(next(iter(denoisers(pipe).values())).parameters()).device
 
 
 def call_parameters(pipe: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
-    """The arguments that the stock `__call__` takes."""
-    return inspect.signature(type(pipe).__call__).parameters
+    """The arguments that the stock `__call__` takes. Raises PipelineError where a prompt is not among them."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    missing = [name for name in ("prompt", "output_type") if name not in taken]
+    if missing:
+        lacking = " and no ".join(missing)
+        raise PipelineError(f"{type(pipe).__name__} takes no {lacking}: it cannot be aligned to prompts")
+    return taken
 
 
 def call_arguments(
@@ -113,9 +139,6 @@ def call_arguments(
         **(extra or {}),
     }
     taken = call_parameters(pipe)
-    missing = [name for name in ("prompt", "output_type") if name not in taken]
-    if missing:
-        raise PipelineError(f"{type(pipe).__name__} takes no {' and no '.join(missing)}: it cannot be aligned to prompts")
     return {name: value for name, value in wanted.items() if name in taken and value is not None}
 
 
@@ -124,18 +147,17 @@ def is_half(pipe: DiffusionPipeline) -> bool:
     return any(next(part.parameters()).dtype == torch.float16 for part in denoisers(pipe).values())
 
 
-# --- the state that training needs -------------------------------------------------------------------------------------
+# --- the state that training needs ---
 
 
 @contextmanager
 def frozen_for_training(pipe: DiffusionPipeline, trainable: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Eval mode, gradient to `trainable` alone, decoder in its safe precision, guards off; all undone on leaving."""
+    """Eval mode, gradient to `trainable` alone, guards off; all undone on leaving."""
     with ExitStack() as stack:
         for part in components(pipe).values():
             stack.enter_context(_frozen(part))
         for parameter in trainable:
             parameter.requires_grad_(True)
-        stack.enter_context(_safe_decoder(pipe))
         stack.enter_context(guards_off(pipe))
         stack.callback(lambda: [parameter.requires_grad_(False) for parameter in trainable])
         yield
@@ -158,22 +180,11 @@ def _frozen(part: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(was)
 
 
-@contextmanager
-def _safe_decoder(pipe: DiffusionPipeline) -> Iterator[None]:
-    """float32 for a half precision decoder that says `force_upcast`: it overflows otherwise.
-
-    The stock pipeline casts such a decoder up and back inside its call, but the backward pass comes after the call.
-    """
-    network = decoder(pipe)
-    half = network is not None and next(network.parameters()).dtype == torch.float16
-    if network is None or not half or not getattr(getattr(network, "config", None), "force_upcast", False):
-        yield
-        return
-    network.to(torch.float32)
-    try:
-        yield
-    finally:
-        network.to(torch.float16)
+def decoding_dtype(network: nn.Module) -> torch.dtype:
+    """float32 for a float16 decoder that says `force_upcast`, since it overflows otherwise; else its own."""
+    own = next(network.parameters()).dtype
+    upcast = own == torch.float16 and getattr(getattr(network, "config", None), "force_upcast", False)
+    return torch.float32 if upcast else own
 
 
 def guards_on(pipe: DiffusionPipeline) -> list[str]:
@@ -184,14 +195,13 @@ def guards_on(pipe: DiffusionPipeline) -> list[str]:
 @contextmanager
 def guards_off(pipe: DiffusionPipeline) -> Iterator[None]:
     """No safety checker and no watermark inside."""
-    kept = {name: getattr(pipe, name) for name in guards_on(pipe)}
+    own = vars(pipe)  # setattr would also forget the guard's class in pipe.config, and save_pretrained then the guard
+    kept = {name: own[name] for name in guards_on(pipe) if name in own}
     try:
-        for name in kept:
-            setattr(pipe, name, None)
+        own.update(dict.fromkeys(kept))
         yield
     finally:
-        for name, guard in kept.items():
-            setattr(pipe, name, guard)
+        own.update(kept)
 
 
 def lost_words(pipe: DiffusionPipeline, prompt: str) -> str:

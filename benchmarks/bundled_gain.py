@@ -4,7 +4,7 @@
 
 Both start from the model that ships and adapt the same LoRA. `align` is `alignprop train` as it comes. `plain` is
 ordinary denoising training (AdamW, the same rate) on pictures of the bundled world, with the captions that the base
-was trained on, 40 % of them wrong: what more of the same data gives. The judge, which neither ever sees, says how
+was trained on, 15 % of them wrong: what more of the same data gives. The judge, which neither ever sees, says how
 many of 100 held-out prompts are drawn right in everything: subject, number and background.
 """
 
@@ -22,7 +22,7 @@ from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bundled_model"))
 import render  # noqa: E402 - it lives in the folder added above
 
-WRONG = 0.4
+WRONG = 0.15
 JUDGE = "emoji_judge"
 
 

@@ -82,7 +82,9 @@ def main() -> None:
             seconds = median_seconds(lambda config=config: training_step(pipe, batch, config))
             calls = median_seconds(lambda steps=steps, k=k: denoiser_calls(pipe, steps - k, k))
             kept = training_step(pipe, batch, config) / 2**20
-            print(f"{steps:>3} {k:>3} {recompute:>9} {seconds:>7.2f} {calls:>7.2f} {seconds / calls:>6.2f} {kept:>8.1f}")
+            print(
+                f"{steps:>3} {k:>3} {recompute:>9} {seconds:>7.2f} {calls:>7.2f} {seconds / calls:>6.2f} {kept:>8.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The rollout's results computed another way, with nothing of `alignprop_pipe`: stock calls and module hooks.
 
 The step of a denoiser call is known from the number of calls so far. A truncated gradient is not the slope of the
-whole chain, so the finite differences move the adapter at graded steps only: two sets of adapter weights, swapped at the
-cut by a hook.
+whole chain, so the finite differences move the adapter at graded steps only: a hook swaps its weights at the cut.
 """
 
 import inspect
@@ -46,7 +45,7 @@ def generators(batch: int = 2, seed: int = 7) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + number) for number in range(batch)]
 
 
-def stock_pictures(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> Tensor:
+def stock_pictures(pipe: Any, arguments: dict[str, Any]) -> Tensor:
     """The plain call that any user makes."""
     batch = len(arguments["prompt"])
     return pipe(**arguments, generator=generators(batch), output_type="pt", return_dict=False)[0]

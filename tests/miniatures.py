@@ -5,6 +5,10 @@ layer is zero (proj_out, adaLN) and an adapter at any depth moves the pictures. 
 vocabularies built here, offline. Everything goes through `save_pretrained` and `from_pretrained`.
 """
 
+# diffusers annotates tuple[str] where any length is taken, and one class where several are.
+# pyright: reportArgumentType=false
+
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -44,14 +47,16 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-WORDS = """a an and the of in on at with under over one two three four five red green blue yellow white black grey pink
+VOCABULARY = """
+a an and the of in on at with under over one two three four five red green blue yellow white black grey pink
 purple orange brown dog dogs cat cats fox foxes horse horses bird birds fish tree trees house car cars boat ball snow
-sea sky picture photo painting small large background happy sleeping running star heart flower moon sun""".split()
+sea sky picture photo painting small large background happy sleeping running star heart flower moon sun"""
+WORDS = VOCABULARY.split()
 
 WIDTH = 16
 NOISE_SCHEDULE: dict[str, Any] = {
@@ -78,16 +83,16 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> T5Tokenizer:
     """Unigram pieces: whole words, and single letters for the rest."""
     letters = [chr(code) for code in range(33, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     pieces += [("▁" + word, -2.0) for word in WORDS if len(word) > 1]
     pieces += [(letter, -6.0) for letter in letters]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def clip_text_encoder(tokenizer: CLIPTokenizer, *, projection: bool = False) -> CLIPTextModel:
+def clip_text_encoder(tokenizer: CLIPTokenizer, *, projection: bool = False) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -103,7 +108,7 @@ def clip_text_encoder(tokenizer: CLIPTokenizer, *, projection: bool = False) -> 
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
-def t5_text_encoder(tokenizer: T5TokenizerFast, *, multilingual: bool = False) -> T5EncoderModel:
+def t5_text_encoder(tokenizer: T5Tokenizer, *, multilingual: bool = False) -> Any:
     kind, config = (UMT5EncoderModel, UMT5Config) if multilingual else (T5EncoderModel, T5Config)
     return kind(
         config(
@@ -160,7 +165,7 @@ def redraw(module: nn.Module, seed: int) -> None:
                 parameter.copy_(0.1 * noise)
 
 
-def finish(pipe: DiffusionPipeline, seed: int) -> DiffusionPipeline:
+def finish(pipe: Any, seed: int) -> Any:
     """Random weights, eval mode, no progress bar; the decoder's last layer small enough that no pixel saturates."""
     for number, (_, part) in enumerate(sorted(pipe.components.items())):
         if isinstance(part, nn.Module):
@@ -180,22 +185,21 @@ def finish(pipe: DiffusionPipeline, seed: int) -> DiffusionPipeline:
 def make_scheduler(name: str, **config: Any) -> Any:
     """A diffusers scheduler by class name, with Stable Diffusion's noise schedule where it has one."""
     kind = getattr(diffusers, name)
-    settings = {} if name.startswith("FlowMatch") else dict(NOISE_SCHEDULE)
-    if name == "DDIMScheduler":
-        settings |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    if name in ("DDPMScheduler", "LCMScheduler"):
-        settings |= {"clip_sample": False}
-    if name == "PNDMScheduler":
-        settings |= {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
-    if name.startswith("Euler"):
-        settings |= {"steps_offset": 1}
-    return kind(**{**settings, **config})
+    usual = {
+        **NOISE_SCHEDULE,
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+    }
+    taken = inspect.signature(kind.__init__).parameters
+    return kind(**{**{key: value for key, value in usual.items() if key in taken}, **config})
 
 
 # --- pipelines ---------------------------------------------------------------------------------------------------
 
 
-def sd15(scheduler: Any = None, seed: int = 0, kind: type = StableDiffusionPipeline) -> StableDiffusionPipeline:
+def sd15(scheduler: Any = None, seed: int = 0, kind: type = StableDiffusionPipeline) -> Any:
     tokenizer = clip_tokenizer()
     pipe = kind(
         vae=image_decoder(),
@@ -210,11 +214,11 @@ def sd15(scheduler: Any = None, seed: int = 0, kind: type = StableDiffusionPipel
     return finish(pipe, seed)
 
 
-def sd15_img2img(scheduler: Any = None, seed: int = 0) -> StableDiffusionImg2ImgPipeline:
+def sd15_img2img(scheduler: Any = None, seed: int = 0) -> Any:
     return sd15(scheduler, seed, kind=StableDiffusionImg2ImgPipeline)
 
 
-def sdxl(scheduler: Any = None, seed: int = 0) -> StableDiffusionXLPipeline:
+def sdxl(scheduler: Any = None, seed: int = 0) -> Any:
     tokenizer = clip_tokenizer()
     denoiser = unet(
         cross_attention_dim=2 * WIDTH,
@@ -238,7 +242,7 @@ def sdxl(scheduler: Any = None, seed: int = 0) -> StableDiffusionXLPipeline:
     return finish(pipe, seed)
 
 
-def sd3(scheduler: Any = None, seed: int = 0) -> StableDiffusion3Pipeline:
+def sd3(scheduler: Any = None, seed: int = 0) -> Any:
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
     denoiser = SD3Transformer2DModel(
         sample_size=8,
@@ -268,7 +272,7 @@ def sd3(scheduler: Any = None, seed: int = 0) -> StableDiffusion3Pipeline:
     return finish(pipe, seed)
 
 
-def t5_wide(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+def t5_wide(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """SD3 pads CLIP's width up to T5's, so T5 is the wider one there."""
     return T5EncoderModel(
         T5Config(
@@ -277,7 +281,7 @@ def t5_wide(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     )
 
 
-def flux(scheduler: Any = None, seed: int = 0) -> FluxPipeline:
+def flux(scheduler: Any = None, seed: int = 0) -> Any:
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
     denoiser = FluxTransformer2DModel(
         patch_size=1,
@@ -303,7 +307,7 @@ def flux(scheduler: Any = None, seed: int = 0) -> FluxPipeline:
     return finish(pipe, seed)
 
 
-def pixart(scheduler: Any = None, seed: int = 0) -> PixArtSigmaPipeline:
+def pixart(scheduler: Any = None, seed: int = 0) -> Any:
     t5 = t5_tokenizer()
     denoiser = PixArtTransformer2DModel(
         sample_size=8,
@@ -328,7 +332,7 @@ def pixart(scheduler: Any = None, seed: int = 0) -> PixArtSigmaPipeline:
     return finish(pipe, seed)
 
 
-def wan(scheduler: Any = None, seed: int = 0) -> WanPipeline:
+def wan(scheduler: Any = None, seed: int = 0) -> Any:
     """Video; guidance above 1 calls the denoiser twice a step."""
     t5 = t5_tokenizer()
     pipe = WanPipeline(
@@ -354,7 +358,7 @@ def wan(scheduler: Any = None, seed: int = 0) -> WanPipeline:
     return finish(pipe, seed)
 
 
-def ltx(scheduler: Any = None, seed: int = 0) -> LTXPipeline:
+def ltx(scheduler: Any = None, seed: int = 0) -> Any:
     """Video, the text mask given to the denoiser."""
     t5 = t5_tokenizer()
     vae = AutoencoderKLLTXVideo(

@@ -48,7 +48,7 @@ def test_names_lead_to_folders(models):
 def test_preset_of_the_bundled_model():
     assert bundled.preset_for("emoji") in PRESETS
     for other in ("emoji-judge", "stable-diffusion-v1-5/stable-diffusion-v1-5", None):
-        assert bundled.preset_for(other) is None
+        assert bundled.preset_for(other) == "fast"
 
 
 def test_list_of_models(models):

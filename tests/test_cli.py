@@ -1,7 +1,10 @@
 """The commands as a user meets them: exit codes, what stands on stdout and stderr, and the files left behind."""
 
+import io
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +17,16 @@ import miniatures
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from alignprop_pipe import bundled
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AdapterError, ConfigError, PromptError, RewardError, RewardShapeError
+from alignprop_pipe.records import Evidence, StepRecord
 
 SMALL = ["--reward", "brightness", "--num-inference-steps", "2", "--batch-size", "2", "--eval-batch-size", "2"]
 SMALL += ["--gradient-accumulation-steps", "1", "--eval-prompts", "2", "--device", "cpu", "--steps", "2"]
@@ -56,6 +63,9 @@ def _libraries_as_before() -> Iterator[None]:
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in arguments])
+
+
+ROOT = str(Path(__file__).parents[1])
 
 
 def command(*arguments: object) -> list[str]:
@@ -109,13 +119,12 @@ def test_lists(name: str, entry: str) -> None:
         (["train", "org/name"], "--reward"),
         (["train", "org/name", "--reward", "jpeg"], "--prompts"),
         (["train", "--reward", "clipp"], "clip"),
-        (["train", "--reward", "emoji_judge"], "judge"),
         (["train", "--reward", "clip +"], "clip"),
         (["train", "--reward", "brightness", "--prompts", "missing.txt"], "missing.txt"),
         (["train", "--reward", "brightness", "--prompts", "emojy"], "emoji"),
         (["train", "--prompts", "emoji", "--prompt", "a dog"], "not both"),
         (["train", "--steps", "0"], "steps"),
-        (["train", "--steps", "many"], "many"),
+        (["train", "--steps", "many"], "--steps"),
         (["train", "--stepps", "3"], "--steps"),
         (["train", "--truncation", "last"], "last:5"),
         (["train", "--preset", "papper"], "paper"),
@@ -139,12 +148,24 @@ def test_wrong_use_ends_with_2_and_the_way_out(arguments: list[str], said: str) 
     assert not list(Path.cwd().glob("runs*"))
 
 
+@pytest.mark.skipif(bundled.MODELS[2].missing is not None, reason="the judge's weights are not here")
 @pytest.mark.usefixtures("place")
-def test_a_model_that_is_not_there_ends_with_1_and_its_name() -> None:
-    result = run("train", "./nowhere", *SMALL, "--prompts", "prompts.txt")
-    assert result.exit_code == 1
-    assert "./nowhere" in result.stderr
+def test_a_judge_is_no_reward(model: Path) -> None:
+    result = run("train", model, *SMALL, "--prompts", "emoji", "--reward", "brightness + emoji_judge")
+    assert result.exit_code == 2, result.output
+    assert "judge" in result.stderr
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere.safetensors", "org/name", "./empty", "./broken.safetensors"])
+def test_a_model_that_cannot_be_loaded_ends_with_1_and_its_name(name: str) -> None:
+    Path("empty").mkdir()
+    Path("broken.safetensors").write_bytes(b"no tensors")
+    result = run("train", name, *SMALL, "--prompts", "prompts.txt")
+    assert result.exit_code == 1, result.output
+    assert name in result.stderr
     assert "emoji" in result.stderr
+    assert "unexpected" not in result.stderr
 
 
 def test_the_table_of_errors() -> None:
@@ -229,13 +250,35 @@ def test_quiet_says_only_where_the_files_are(model: Path) -> None:
 
 @pytest.mark.usefixtures("place")
 def test_an_unexpected_error_is_one_line_and_debug_shows_where(model: Path) -> None:
-    Path("odd.py").write_text("def score(images):\n    raise KeyError('surprise')\n")
+    Path("odd.py").write_text(
+        "calls = []\ndef score(images):\n    calls.append(1)\n    if len(calls) > 3: raise KeyError('surprise')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
     arguments = ["train", model, *SMALL, "--prompts", "prompts.txt", "--reward", "odd.py:score"]
     result = run(*arguments)
     assert result.exit_code == 1
     assert "surprise" in result.stderr
     assert "Traceback" not in result.output
     assert "Traceback" in run(*arguments, "--debug").stderr
+
+
+def test_on_a_terminal_the_line_is_drawn_over_and_fits_80_columns() -> None:
+    shown = io.StringIO()
+    output = console.Output()
+    output.console = Console(file=shown, force_terminal=True, width=80)
+    look = Evidence(0, ("a",), 0.2345678, {}, {"emoji_judge": 0.5, "emoji_judge.count": 0.6}, 0.3, {})
+    common = {"parts": {}, "grad_norm": 1.0, "distance": None, "graded": (1,), "memory_mb": 12345.6}
+    with console.Progress(output, AlignConfig.preset("emoji"), 100) as progress:
+        progress.on_step(StepRecord(step=0, loss=math.nan, reward=math.nan, seconds=0.0, evidence=look, **common))
+        progress.on_step(StepRecord(step=1, loss=-0.2, reward=0.2123456, seconds=1.0, skipped=True, **common))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert "rendering 100 held-out pictures" in text
+    assert "step 0: held-out 0.2346, emoji_judge 0.5, diversity 0.3" in text
+    assert "step 1: skipped" in text
+    last = text.rstrip().splitlines()[-1]
+    assert "1/50" in last
+    assert "reward 0.2123  held-out 0.2346  12346 MB" in last
+    assert "nan" not in text
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------
@@ -245,11 +288,12 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(model: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_130_and_everything_saved(number: int, model: Path, place: Path) -> None:
     arguments = [*SMALL, "--steps", "10000", "--prompts", "prompts.txt", "--out", "out"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command("train", model, *arguments), cwd=place, **pipes) as process:
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": place}
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    with subprocess.Popen(command("train", model, *arguments), env=environment, **how) as process:
         wait_for_lines(place / "out" / "metrics.jsonl", 3, process)
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "interrupted after" in stdout
     assert str(Path("out", "adapter.safetensors")) in stdout
@@ -262,10 +306,20 @@ def test_a_signal_ends_with_130_and_everything_saved(number: int, model: Path, p
 
 
 def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if process.poll() is not None or (path.exists() and len(path.read_text().splitlines()) >= lines):
             return
         time.sleep(0.1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_sigterm_is_heard_where_ctrl_c_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), console.sigterm_as_interrupt():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- sample ----------------------------------------------------------------------------------------------------------

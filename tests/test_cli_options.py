@@ -1,5 +1,6 @@
 """Flags made from the dataclass, what lies over what, and which word on the command line is the model."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def test_preset_under_file_under_flags(tmp_path: Path) -> None:
     assert config_for("other/model", "fast", None, {}).truncation == RandomLastK(1, 8)
     with pytest.raises(ConfigError, match="paper"):
         config_for("emoji", "papper", None, {})
+
+
+def test_the_config_of_a_run_folder_repeats_it(tmp_path: Path) -> None:
+    config = AlignConfig.preset("fast").replace(steps=3, seed=5)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model": "a/b", "config": config.to_dict()}))
+    assert config_for("a/b", None, file, {}) == config
+    file.write_text(config.to_json())
+    assert config_for("a/b", None, file, {}) == config
 
 
 @pytest.mark.parametrize(

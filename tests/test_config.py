@@ -111,7 +111,7 @@ def test_json_and_toml_lose_nothing(config: AlignConfig) -> None:
     }
 
 
-@given(configs)
+@given(config=configs)
 def test_files_lose_nothing(config: AlignConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("config")
     (folder / "run.json").write_text(config.to_json(), encoding="utf-8")

@@ -5,6 +5,7 @@ checked against stock calls (`by_hand`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import by_hand
 import pytest
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
-def adapted(family: Family, dtype: torch.dtype = torch.float64) -> tuple[object, list[nn.Parameter]]:
+def adapted(family: Family, dtype: torch.dtype = torch.float64) -> tuple[Any, list[nn.Parameter]]:
     """A pipeline whose adapter is already in use: its up-projections are no longer zero."""
     pipe = family.make()
     lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
@@ -46,7 +47,7 @@ def arguments(name: str) -> dict:
     }
 
 
-def roll(name: str, pipe: object, **settings: object) -> Rollout:
+def roll(name: str, pipe: Any, **settings: Any) -> Rollout:
     family = FAMILIES[name]
     config = AlignConfig().replace(
         num_inference_steps=STEPS[name], guidance_scale=2.0, height=family.height, width=family.width, **settings

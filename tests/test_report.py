@@ -13,7 +13,8 @@ from PIL import Image
 from test_runs import look, new_run, record
 
 from alignprop_pipe import drawings
-from alignprop_pipe.report import Change, summary_sentences, warning_sentences
+from alignprop_pipe.records import Change
+from alignprop_pipe.report import summary_sentences, warning_sentences
 
 NASTY = "<script>alert(\"x\")</script> & '$title ${command}' <img src=http://a.b/c onerror=x>"
 
@@ -31,7 +32,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "source"):
+        if tag not in ("meta", "img", "source", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -132,13 +133,14 @@ def test_a_difference_within_its_error_is_no_claim():
 # --- the drawings ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 60])
+@pytest.mark.parametrize("steps", [0, 1, 60])
 @pytest.mark.parametrize("looks", [[], [look(0)], [look(0), look(5, math.nan), look(9, math.inf), look(5)]])
 def test_a_curve_of_any_length_is_drawn(tmp_path, steps, looks):
     records = [record(step, skipped=step % 7 == 0, distance=0.1 * step) for step in range(1, steps + 1)]
     records = [dataclasses.replace(r, reward=math.nan) if r.skipped else r for r in records]
     drawings.draw_curve(records, looks, tmp_path / "curve.png")
-    assert Image.open(tmp_path / "curve.png").width == 1500
+    with Image.open(tmp_path / "curve.png") as curve:
+        assert curve.width == 1500
 
 
 def test_names_that_matplotlib_would_read_as_mathematics_are_drawn(tmp_path):
@@ -168,8 +170,8 @@ def test_pairs_are_drawn_at_any_size(tmp_path, size):
     images = torch.rand(2, 3, *size, dtype=torch.float32)
     pair = dataclasses.replace(look(0), prompts=("", "word " * 200), images=images)
     drawings.draw_before_after(pair, pair, tmp_path / "sheet.png")
-    sheet = Image.open(tmp_path / "sheet.png")
-    assert 400 <= sheet.width <= 1500
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert 400 <= sheet.width <= 1500
     with pytest.raises(ValueError, match="images"):
         drawings.draw_before_after(look(0, images=False), pair, tmp_path / "none.png")
 

@@ -266,7 +266,7 @@ def test_a_killed_run_leaves_only_whole_files(tmp_path, moment):
         [sys.executable, "-c", WRITER, str(out)], cwd=Path(__file__).parent, stdout=subprocess.PIPE, env=_with_package()
     )
     assert writer.stdout is not None
-    writer.stdout.readline()
+    assert writer.stdout.readline() == b"ready\n"
     time.sleep(moment)
     writer.kill()
     writer.communicate()

@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from alignprop_pipe.cli.app import sample, train
-from alignprop_pipe.cli.options import config_for, default_preset
+from alignprop_pipe.cli.options import config_for
 from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, SamplingOptions
 
 

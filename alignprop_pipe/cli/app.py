@@ -3,14 +3,15 @@
 Commands translate: flags to values, values to calls, records to lines. torch loads inside them, so `--help` is quick.
 """
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from alignprop_pipe.bundled import preset_for
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.drawing import Sheet, default_out, draw
 from alignprop_pipe.cli.opening import is_model, open_pipeline
@@ -20,7 +21,6 @@ from alignprop_pipe.cli.options import (
     SampleRequest,
     TrainRequest,
     config_for,
-    default_preset,
     options_from,
 )
 from alignprop_pipe.config import AlignConfig, SamplingOptions
@@ -30,16 +30,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward
 
 
-class Commands(TyperGroup):
-    """All commands, with one place where errors become sentences and exit codes."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with console.translated(ctx):
-            return super().invoke(ctx)
-
-
 app = typer.Typer(
-    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -77,12 +68,13 @@ alignprop sample --adapter runs/my-run --compare    [dim]# base and aligned side
 alignprop sample MODEL "a fox in the snow" --adapter adapter.safetensors --scale 0.8"""
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from alignprop_pipe import __version__
 
         typer.echo(f"alignprop-pipe {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback(epilog=EXAMPLES)
@@ -185,14 +177,14 @@ def _tell(output: console.Output, request: TrainRequest, result: "AlignResult") 
     if result.before is not None and result.after is not None:
         rows = [_change_row(name, *change) for name, change in result.changes.items()]
         rows += [("diversity", f"{result.before.diversity:.4g}", f"{result.after.diversity:.4g}", "")]
-        title = f"{len(result.after.prompts)} held-out prompts, same noise"
+        title = f"{console.counted(len(result.after.prompts), 'held-out prompt')}, same noise"
         output.table(title, ("", "before", "after", "change"), rows, numbers=True)
     output.say(f"{result.stopped or 'done'}, {console.duration(result.seconds)}")
     files = {name: path for name, path in _files(result).items() if path.exists()}
     for name, path in files.items():
-        output.result(f"{name + ':':<14}{path}")
+        output.result(f"{name + ':':<15}{path}")
     if result.adapter_path is not None:
-        output.say(f"next:         {_next_command(request.model, result)}")
+        output.say(f"next:          {_next_command(request.model, result)}")
     held_out = {name: change._asdict() for name, change in result.changes.items()}
     facts = {
         "interrupted": result.interrupted,
@@ -204,7 +196,8 @@ def _tell(output: console.Output, request: TrainRequest, result: "AlignResult") 
 
 
 def _change_row(name: str, before: float, after: float, difference: float, error: float) -> tuple[str, ...]:
-    return name, f"{before:.4g}", f"{after:.4g}", f"{difference:+.3g} ± {error:.2g}"
+    spread = f" ± {error:.2g}" if math.isfinite(error) else ""
+    return name, f"{before:.4g}", f"{after:.4g}", f"{difference:+.3g}{spread}"
 
 
 def _files(result: "AlignResult") -> dict[str, Path]:
@@ -218,7 +211,7 @@ def _files(result: "AlignResult") -> dict[str, Path]:
 
 def _next_command(model: str, result: "AlignResult") -> str:
     """The command that shows the adapter's work; settings that differ from the model's preset are spelled out."""
-    usual, used = AlignConfig.preset(default_preset(model)).sampling, result.config.sampling
+    usual, used = AlignConfig.preset(preset_for(model)).sampling, result.config.sampling
     words = ["alignprop", "sample", *([] if model == BUNDLED else [model])]
     words += ["--adapter", str(result.adapter_path), "--compare"]
     for name in ("num_inference_steps", "guidance_scale", "height", "width"):
@@ -247,9 +240,9 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
     prompts = prompts or _default_prompts(model, request.seed)
     pipe = open_pipeline(model, request, output)
     sheet = Sheet.begin(request, model, sampling, adapter)
-    with console.waiting(output, f"drawing {len(prompts) * request.num} pictures"):
+    with console.waiting(output, f"drawing {console.counted(len(prompts) * request.num, 'picture')}"):
         files = draw(pipe, prompts, sheet, output)
-    output.result(f"{len(files) - 1} pictures in {request.out}, all on {files[-1]}")
+    output.result(f"{console.counted(len(files) - 1, 'picture')} in {request.out}, all on {files[-1]}")
 
 
 def _adapter_file(request: SampleRequest) -> Path | None:

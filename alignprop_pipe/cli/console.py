@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -102,6 +103,11 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def counted(number: int, word: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     if not math.isfinite(seconds):
@@ -137,7 +143,7 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("starting", total=None, note="")
-        self.doing(f"rendering {self.pictures} held-out pictures" if self.pictures else "training")
+        self.doing(f"rendering {counted(self.pictures, 'held-out picture')}" if self.pictures else "training")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,12 +153,13 @@ class Progress:
     def doing(self, text: str) -> None:
         """Say what is going on now."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=text, refresh=True)
         else:
             self.output.say(text)
 
     def on_step(self, record: Any) -> None:
         """Show one StepRecord."""
+        end_of_patience(None)  # the step ended in time
         self.output.record("step", plain(record))
         if record.evidence is not None:
             self.held_out = held_out_text(record.evidence)
@@ -169,9 +176,9 @@ class Progress:
         if record.skipped:
             self.output.say(f"step {record.step}: skipped, loss or gradient not finite")
         words = [f"reward {record.reward:.4g}"] if record.step else []
-        words += [f"held-out {self.held_out}"] if self.held_out else []
+        words += [f"held-out {self.held_out.partition(',')[0]}"] if self.held_out else []
         words += [f"{record.memory_mb:.0f} MB"]
-        doing = f"training, {self.pictures} held-out pictures" if self._looks(record.step + 1) else "training"
+        doing = "step, then look" if self._looks(record.step + 1) else "training"
         self._bar.update(self._task, description=doing, total=self.steps, completed=record.step, note="  ".join(words))
 
     def _looks(self, step: int) -> bool:
@@ -198,8 +205,9 @@ def _bar(console: "Console") -> Any:
     from rich import progress
 
     text = progress.TextColumn
-    columns = (text("{task.description}"), progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
-    times = (progress.TimeElapsedColumn(), text("ETA"), progress.TimeRemainingColumn())
+    # 80 columns are enough for all of it.
+    columns = (text("{task.description}"), progress.BarColumn(bar_width=10), progress.MofNCompleteColumn())
+    times = (text("ETA"), progress.TimeRemainingColumn())
     return progress.Progress(*columns, *times, text("{task.fields[note]}", markup=False), console=console)
 
 
@@ -224,10 +232,13 @@ def sigterm_as_interrupt() -> Iterator[None]:
     What sent it will kill soon, so a step that takes longer than `PATIENCE_AFTER_SIGTERM` is broken off.
     """
 
-    def interrupt(number: int, _frame: object) -> None:
-        if number == signal.SIGTERM and hasattr(signal, "alarm"):
-            signal.alarm(PATIENCE_AFTER_SIGTERM)
-        signal.raise_signal(signal.SIGINT)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            end_of_patience(PATIENCE_AFTER_SIGTERM)
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        if not callable(on_ctrl_c):  # a shell starts background jobs with Ctrl-C ignored
+            raise KeyboardInterrupt
+        on_ctrl_c(signal.SIGINT, frame)
 
     numbers = [signal.SIGTERM, *([signal.SIGALRM] if hasattr(signal, "SIGALRM") else [])]
     if threading.current_thread() is not threading.main_thread():
@@ -237,10 +248,15 @@ def sigterm_as_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        end_of_patience(None)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_of_patience(seconds: int | None) -> None:
+    """Send SIGALRM after so many seconds; None takes that back. Windows has no such signal."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds or 0)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -282,9 +298,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def translated(context: typer.Context) -> Iterator[None]:
+def translated(*, debug: bool = False) -> Iterator[None]:
     """Turn what escapes a command into a line on stderr and an exit code; the traceback only where asked for."""
-    context.ensure_object(dict)
     try:
         with sigterm_as_interrupt():
             yield
@@ -294,7 +309,7 @@ def translated(context: typer.Context) -> Iterator[None]:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        if context.obj.get("debug") or os.environ.get("ALIGNPROP_DEBUG", "0") not in ("", "0"):
+        if debug or os.environ.get("ALIGNPROP_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         code, text = verdict(error)
         typer.echo(f"error: {text}", err=True)

@@ -64,7 +64,7 @@ class Sheet:
 def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output: Output) -> list[Path]:
     """Draw and write every picture, then the grid, whose path comes last. Raises RunError."""
     from alignprop_pipe.runs import slug
-    from alignprop_pipe.sampling import make_grid, png_bytes
+    from alignprop_pipe.sampling import enlarged, make_grid, png_bytes
 
     files, shown = [], []
     for place, (picture, frames) in enumerate(_drawn(pipe, prompts, sheet)):
@@ -75,7 +75,7 @@ def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output
         files.append(path)
         shown.append(frames[len(frames) // 2])
     grid = _free(sheet.request.out / "grid.png")
-    write_whole(grid, png_bytes([make_grid(shown)]))
+    write_whole(grid, png_bytes([make_grid([enlarged(image) for image in shown])]))
     return [*files, grid]
 
 

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from alignprop_pipe.pipeline import AlignPropPipeline
 
 SINGLE_FILES = (".safetensors", ".ckpt")
+A_PATH = re.compile(r"(~|\.{0,2})/\S+")
+
+WAY_OUT = (
+    "name 'emoji' (bundled), an id of the Hugging Face hub like stable-diffusion-v1-5/stable-diffusion-v1-5, a "
+    "folder that holds a model_index.json, or a .safetensors file"
+)
 
 
 def is_model(word: str) -> bool:
@@ -24,7 +30,7 @@ def is_model(word: str) -> bool:
         word == BUNDLED
         or word.endswith(SINGLE_FILES)
         or re.fullmatch(r"[\w.-]+/[\w.-]+", word) is not None
-        or re.match(r"(~|\.{0,2})/\S+$", word) is not None
+        or A_PATH.fullmatch(word) is not None
         or (len(word) < 1000 and (Path(word) / "model_index.json").is_file())
     )
 
@@ -67,11 +73,14 @@ def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
     from alignprop_pipe.pipeline import AlignPropPipeline
 
     source = str(Path(model).expanduser()) if model.startswith("~") else model
+    local = A_PATH.fullmatch(model) or (model.endswith(SINGLE_FILES) and model.count("/") < 2)
+    if local and not Path(source).exists():
+        raise PipelineError(f"there is no file or folder {model!r}; {WAY_OUT}")
     load: Any = AlignPropPipeline.from_pretrained
     if source.endswith(SINGLE_FILES):
         load = AlignPropPipeline.from_single_file
     try:
-        return load(source, torch_dtype=dtype)
+        return load(source, dtype=dtype)
     except (OSError, ValueError) as error:
         raise PipelineError(_not_loaded(model, error)) from error
 
@@ -79,8 +88,4 @@ def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
 def _not_loaded(model: str, error: Exception) -> str:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     where = "folder" if Path(model).is_dir() else "file" if Path(model).is_file() else "model id"
-    return (
-        f"{where} {model!r} could not be loaded as a diffusers pipeline: {reason} "
-        "Name 'emoji' (bundled), an id of the Hugging Face hub like stable-diffusion-v1-5/stable-diffusion-v1-5, a "
-        "folder with a model_index.json, or a .safetensors file"
-    )
+    return f"{where} {model!r} could not be loaded as a diffusers pipeline; {WAY_OUT}. The reason: {reason}"

@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from alignprop_pipe.bundled import preset_for
+from alignprop_pipe.cli.console import translated
 from alignprop_pipe.config import FIELD_PATHS, PARTS, PRESETS, AlignConfig
 from alignprop_pipe.errors import ConfigError
 
@@ -24,11 +27,6 @@ PANELS = {None: "Run", "lora": "LoRA", "optimizer": "Optimizer", "sampling": "Sa
 OUTPUT = "Device and output"
 
 Command = Callable[..., None]
-
-
-def _remember_debug(context: typer.Context, value: bool) -> bool:
-    context.find_root().ensure_object(dict)["debug"] = value
-    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,6 @@ class Common:
             "--debug",
             help="show the traceback of an error (also ALIGNPROP_DEBUG=1)",
             rich_help_panel=OUTPUT,
-            callback=_remember_debug,
         ),
     ] = False
 
@@ -131,6 +128,7 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
     """Give a command the fields of `request` as parameters, and those of `settings` as optional flags.
 
     The command is called with one `request` and, where `settings` is given, with a dict of the flags that were set.
+    Its errors become sentences and exit codes.
     """
     own = [inspect.Parameter(f.name, _KEYWORD, default=f.default, annotation=f.type) for f in fields(request)]
     flags = [] if settings is None else [_flag(name, part, spec) for name, part, spec in _specs(settings)]
@@ -140,7 +138,8 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
         def edge(**values: Any) -> None:
             asked = request(**{p.name: values.pop(p.name) for p in own})
             given = {name: _from_flag(value) for name, value in values.items() if value is not None}
-            return command(asked) if settings is None else command(asked, given)
+            with translated(debug=getattr(asked, "debug", False)):
+                command(asked) if settings is None else command(asked, given)
 
         parameters = [*own, *flags]
         edge.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue] - functions take it
@@ -152,15 +151,21 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
 
 def config_for(model: str, preset: str | None, file: Path | None, flags: Mapping[str, Any]) -> AlignConfig:
     """The preset, under the configuration file, under the flags. Raises ConfigError."""
-    config = AlignConfig.preset(preset or default_preset(model))
+    config = AlignConfig.preset(preset or preset_for(model))
     if file is not None:
-        config = AlignConfig.load(file, config)
+        config = _from_file(file, config)
     return config.replace(**flags)
 
 
-def default_preset(model: str) -> str:
-    """The preset that fits a model: its own for the bundled one, else the paper's."""
-    return BUNDLED if model == BUNDLED else "paper"
+def _from_file(file: Path, base: AlignConfig) -> AlignConfig:
+    """A settings file, or a run folder's config.json, whose settings stand under "config"."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # TOML, or an error that `load` puts into words
+        return AlignConfig.load(file, base)
+    if isinstance(data, dict) and isinstance(data.get("config"), dict):
+        return AlignConfig.from_dict(data["config"], base)
+    return AlignConfig.load(file, base)
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
@@ -30,10 +30,10 @@ class ClipScore(Reward):
 
     def __init__(self, model: str | Path = "emoji", revision: str | None = None, scale: float | int = 1.0) -> None:
         self.model, self.revision, self.scale = str(model), revision, scale
-        self._network: nn.Module | None = None
+        self._network: Any = None
         self._tokenizer: Any = None
         self._preprocess: Preprocess | None = None
-        self._texts: dict[str, Tensor] = {}
+        self._texts: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         network, preprocess = self._loaded(images)
@@ -57,14 +57,15 @@ class ClipScore(Reward):
 
     def _text(self, network: Any, prompt: str) -> Tensor:
         """The embedding of one prompt. Each is computed alone, so that it does not depend on its neighbours."""
-        if prompt not in self._texts:
+        key = (prompt, network.dtype)
+        if key not in self._texts:
             limit = network.config.text_config.max_position_embeddings
             tokens = self._tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
             features = network.get_text_features(**tokens.to(network.device))
             if len(self._texts) >= KEPT_PROMPTS:
                 del self._texts[next(iter(self._texts))]
-            self._texts[prompt] = _unit(features)[0]
-        return self._texts[prompt]
+            self._texts[key] = _unit(features)[0]
+        return self._texts[key]
 
 
 def _unit(features: Any) -> Tensor:

@@ -36,7 +36,8 @@ def read_expression(text: str, make: Make) -> Any:
         tree = ast.parse(masked[start:], mode="eval")
         return _Reader(text, masked, start, make).value(tree.body)
     except SyntaxError as error:
-        raise _error(text, start + (error.offset or 1) - 1, "this cannot be read as a reward expression") from error
+        place = start + error.offset - 1 if error.offset else len(text)  # Python gives none at the end
+        raise _error(text, place, "this cannot be read as a reward expression") from error
     except (RecursionError, MemoryError, ValueError) as error:
         raise RewardError("the reward expression is too long, too deep, or holds unreadable characters") from error
 
@@ -55,6 +56,8 @@ class _Reader:
                 return self.named(node, node, (), {})
             case ast.Call(func=ast.Name() as name, args=args, keywords=keywords) if all(k.arg for k in keywords):
                 given = {str(keyword.arg): self.value(keyword.value) for keyword in keywords}
+                if len(given) < len(keywords):
+                    raise self.at(node, "an argument is given twice")
                 return self.named(node, name, tuple(self.value(arg) for arg in args), given)
             case ast.List(elts=items):
                 return [self.value(item) for item in items]

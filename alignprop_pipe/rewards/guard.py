@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import jaxtyping
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from alignprop_pipe.errors import AlignError, RewardError, RewardGradientError, RewardValueError
 from alignprop_pipe.records import Images, Targets
+from alignprop_pipe.rewards import base
 from alignprop_pipe.rewards.base import Reward, WeightedSum, members
 
 _LEFT_TORCH = "leaves torch for NumPy or plain Python; compute the score by torch operations"
@@ -31,7 +34,8 @@ _WHY = {
 }
 _FLAT = ("round", "floor", "ceil", "trunc", "sign", "heaviside", "fix")
 _OUT_OF_TORCH = ("numpy", "__array__", "tolist", "item", "__float__", "__int__")
-_TORCH_DIR = str(Path(torch.__file__).parent)
+# Files between the reward's code and this recorder: torch, and the type checker that tests put round functions.
+_BETWEEN = (__file__, str(Path(torch.__file__).parent), str(Path(jaxtyping.__file__).parent), "<")
 
 
 def check_reward(reward: Reward, images: Images, prompts: list[str], targets: Targets) -> None:
@@ -104,6 +108,8 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if _callers()[0].f_code.co_filename == base.__file__:  # what is detached there goes to the log
+            return func(*args, **(kwargs or {}))
         inputs = list(_tensors((args, kwargs or {})))
         graded = any(tensor.requires_grad for tensor in inputs)
         known = next((self.origin[id(tensor)][1] for tensor in inputs if id(tensor) in self.origin), "")
@@ -150,11 +156,18 @@ def _described(name: str) -> str:
 
 
 def _place(name: str) -> str:
-    """The operation with the line of the reward's code that called it."""
-    frame = sys._getframe(1)
+    """The operation with the line that called it: the user's own line, where it is an installed package's."""
+    callers = _callers()
+    own = [frame for frame in callers if "site-packages" not in frame.f_code.co_filename]
+    frame = own[0] if own and own[0].f_code.co_filename != base.__file__ else callers[0]
+    return f"{name}() in {Path(frame.f_code.co_filename).name}, line {frame.f_lineno},"
+
+
+def _callers() -> list[FrameType]:
+    """The frames that led to an operation, the nearest first."""
+    frames, frame = [], sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith((_TORCH_DIR, "<")):
-            return f"{name}() in {Path(file).name}, line {frame.f_lineno},"
+        if not frame.f_code.co_filename.startswith(_BETWEEN):
+            frames.append(frame)
         frame = frame.f_back
-    return f"{name}()"
+    return frames

@@ -34,9 +34,9 @@ class Jpeg(Reward):
     name = "jpeg"
 
     def __init__(self, quality: int = 80) -> None:
-        if isinstance(quality, bool) or not 1 <= quality <= 100 or quality != int(quality):
+        if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
             raise RewardError(f"jpeg(quality={quality!r}): a whole number from 1 to 100 is needed")
-        self.quality = int(quality)
+        self.quality = quality
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         images = images if images.dtype == torch.float64 else images.float()

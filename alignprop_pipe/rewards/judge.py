@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
@@ -30,7 +30,7 @@ class AttributeJudge(Reward):
 
     def __init__(self, model: str | Path = "emoji", revision: str | None = None) -> None:
         self.model, self.revision = str(model), revision
-        self._network: nn.Module | None = None
+        self._network: Any = None
         self._preprocess: Preprocess | None = None
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images
+
+Resized = Float[Tensor, "batch 3 new_height new_width"]
 
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -50,7 +53,7 @@ class Preprocess:
             raise RewardError(f"preprocessor_config.json has rescale_factor {factor}: 1/255 is needed")
         return recipe
 
-    def __call__(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Resized:
         """`images` in [0, 1], any height and width, to what the network takes; float64 stays, all else is float32."""
         images = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
         images = resize(images, target_size(images, self.size), self.resample)
@@ -70,14 +73,18 @@ def target_size(images: Tensor, size: int | tuple[int, int] | None) -> tuple[int
     return int(size * height / width), size
 
 
-def resize(images: Images, size: tuple[int, int], resample: str = "bicubic") -> Images:
-    """Antialiased resize, clamped to [0, 1] as 8-bit pictures are: within 2/255 of PIL's."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size=size, mode=resample, antialias=True, align_corners=False).clamp(0, 1)
+def resize(images: Images, size: tuple[int, int], resample: str = "bicubic") -> Resized:
+    """Antialiased resize, within 2/255 of PIL's: two passes, each clamped to [0, 1] as 8-bit pictures are."""
+    (height, width), (new_height, new_width) = images.shape[-2:], size
+    # Pillow 13 starts with the height where that shrinks much more; older ones always start with the width.
+    height_first = height - new_height > max(0, 2 * (width - new_width))
+    for shape in ((new_height, width) if height_first else (height, new_width), size):
+        if tuple(images.shape[-2:]) != shape:
+            images = F.interpolate(images, size=shape, mode=resample, antialias=True, align_corners=False).clamp(0, 1)
+    return images
 
 
-def center_crop(images: Images, size: tuple[int, int]) -> Images:
+def center_crop(images: Images, size: tuple[int, int]) -> Resized:
     """The middle `size` of the images; black is added where they are smaller."""
     (height, width), (wanted_height, wanted_width) = images.shape[-2:], size
     down, across = max(wanted_height - height, 0), max(wanted_width - width, 0)

@@ -14,7 +14,11 @@ def load_network(kind: Any, source: str, revision: str | None = None) -> Any:
     """`kind.from_pretrained`, frozen and in eval mode. Raises RewardError; weights that are missing are an error."""
     try:
         network, info = kind.from_pretrained(
-            source, revision=revision or "main", use_safetensors=True, output_loading_info=True
+            source,
+            revision=revision or "main",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )
     except Exception as error:
         raise not_loaded(source, error) from error
@@ -24,6 +28,9 @@ def load_network(kind: Any, source: str, revision: str | None = None) -> Any:
             f"the weights in {source!r} do not fit its config.json: {len(lost)} are missing or of another shape "
             f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}); get the whole folder again from where it came"
         )
+    for weight in network.parameters():
+        # Out of the mapped file into aligned memory, where sums come out the same, bit for bit, in every run.
+        weight.data = weight.data.clone()
     return network.eval().requires_grad_(False)
 
 
@@ -68,10 +75,8 @@ def placed(network: nn.Module, images: Tensor) -> nn.Module:
     return network.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
 
 
-def usable(network: nn.Module | None) -> bool:
+def usable(network: nn.Module) -> bool:
     """Whether a network that was loaded before can be used: one loaded in inference mode can't enter autograd."""
-    if network is None:
-        return False
     return torch.is_inference_mode_enabled() or not any(weight.is_inference() for weight in network.parameters())
 
 

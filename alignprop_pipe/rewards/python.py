@@ -151,8 +151,8 @@ def _arguments(
         except TypeError as error:
             raise RewardError(f"reward {name!r} cannot be called: {error}") from error
     raise RewardError(
-        f"reward {name!r} takes {len(wanted)} arguments; a function of (images), (images, prompts) or (images, prompts, "
-        "targets) is needed"
+        f"reward {name!r} takes {len(wanted)} arguments; a function of (images), (images, prompts) or "
+        "(images, prompts, targets) is needed"
     )
 
 

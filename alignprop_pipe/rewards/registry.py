@@ -51,7 +51,7 @@ REGISTRY: dict[str, RewardEntry] = {
     for entry in (
         RewardEntry(
             name="clip",
-            summary="how well picture and prompt agree: cosine by a CLIP model (the bundled one, or model=...), -1 to 1",
+            summary="agreement of picture and prompt: cosine by a CLIP model (the bundled one, or model=...), -1 to 1",
             licence="bundled weights: Apache-2.0",
             where=f"{_HERE}.clip:ClipScore",
         ),

@@ -92,7 +92,12 @@ class HalfPrecisionTrainer:
 
 
 def train(
-    trainer: HalfPrecisionTrainer, stage: str, steps: int, peak: float, loss_at: Callable[[int], Tensor], every: int = 100
+    trainer: HalfPrecisionTrainer,
+    stage: str,
+    steps: int,
+    peak: float,
+    loss_at: Callable[[int], Tensor],
+    every: int = 100,
 ) -> None:
     """Run `loss_at(step)` to the end, from the last saved state if there is one."""
     path, start, seconds = WORK / f"{stage}.pt", 0, 0.0

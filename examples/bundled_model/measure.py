@@ -71,7 +71,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--scorer", type=Path, default=WORK / "scorer")
     parser.add_argument("--number", type=int, default=300, help="pictures to sample")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--out", type=Path, help="where the .json and .png go (default: beside the model)")
     return parser.parse_args()
 

@@ -1,0 +1,115 @@
+"""Last stage: half precision weights, configurations and figures into alignprop_pipe/models/, ready to ship.
+
+python export.py            reads the trained networks and the figures that measure.py wrote
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from common import WORK
+from diffusers import DiffusionPipeline
+from train_denoiser import CLEAN_STEPS, WEAK_STEPS, WRONG
+from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer
+
+MODELS = Path(__file__).parents[2] / "alignprop_pipe" / "models"
+
+CARD = """---
+license: apache-2.0
+---
+# The models that ship inside alignprop-pipe
+
+| folder | what | format |
+|---|---|---|
+| `emoji` | text-to-image, 64x64: one to four emoji of one kind on a plain background | Stable Diffusion folder of diffusers |
+| `emoji-scorer` | how well such a picture and a prompt agree: the default reward | CLIPModel of transformers |
+| `emoji-judge` | reads subject, number and background; watched in runs, never trained on | ResNetForImageClassification |
+
+Trained by `examples/bundled_model` from one seed. The base was trained on true captions for {clean} steps and then for
+{weak} steps on captions of which {wrong} % were taken from another picture, as captions on the web often are wrong:
+its pictures are crisp, but often not of what was asked for. That weakness is on purpose: it is what alignment mends.
+
+{figures}
+
+Limits: {subjects} subjects, four numbers and eight colours are all the words that mean anything to it.
+
+## Licence and credit
+
+The weights are Apache-2.0. The training pictures were rendered from **Noto Color Emoji**, copyright Google Inc., under
+the SIL Open Font License 1.1 (https://openfontlicense.org; Debian package fonts-noto-color-emoji). The font itself is
+not part of this package.
+"""
+
+
+def emoji(source: Path, target: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(source).to(torch.float16)
+    pipe.save_pretrained(target)
+    vae_config = target / "vae" / "config.json"
+    config = json.loads(vae_config.read_text())
+    config.pop("block_out_channels")  # AutoencoderTiny writes it and then warns of it
+    vae_config.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def scorer(source: Path, target: Path) -> None:
+    CLIPModel.from_pretrained(source).half().save_pretrained(target)
+    CLIPTokenizer.from_pretrained(source).save_pretrained(target)
+    shutil.copy(source / "preprocessor_config.json", target)
+
+
+def judge(source: Path, target: Path) -> None:
+    AutoModelForImageClassification.from_pretrained(source).half().save_pretrained(target)
+    shutil.copy(source / "preprocessor_config.json", target)
+
+
+def portable(path: Path) -> None:
+    """No folder that it was loaded from; float32 in memory: transformers would keep the file's half precision."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def figures() -> str:
+    """Both bases' figures as a table; they come from measure.py."""
+    measured = {name: json.loads((WORK / f"{name}-measured.json").read_text()) for name in ("clean", "weak")}
+    columns = ("subject", "count", "background", "all")
+    lines = [
+        "| 300 pictures, 20 steps, no guidance | subject | number | background | everything |",
+        "|---|---|---|---|---|",
+    ]
+    rows = {
+        "trained on true captions, by the judge": measured["clean"]["samples by the judge"],
+        "**what ships**, by the judge": measured["weak"]["samples by the judge"],
+        "scorer agrees with the judge on what ships": measured["weak"]["scorer agrees with the judge"],
+        "scorer on fresh renderings": measured["weak"]["scorer on rendered"],
+        "judge on fresh renderings": measured["weak"]["judge on rendered"],
+        "judge on renderings through the autoencoder": measured["weak"]["judge on autoencoded"],
+    }
+    lines += [f"| {name} | {' | '.join(f'{100 * row[c]:.1f} %' for c in columns)} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from render import SUBJECTS
+
+    for name, source, write in (
+        ("emoji", WORK / "weak", emoji),
+        ("emoji-scorer", WORK / "scorer", scorer),
+        ("emoji-judge", WORK / "judge", judge),
+    ):
+        shutil.rmtree(MODELS / name, ignore_errors=True)
+        write(source, MODELS / name)
+        for path in (MODELS / name).rglob("config.json"):
+            portable(path)
+    card = CARD.format(
+        clean=CLEAN_STEPS, weak=WEAK_STEPS, wrong=round(100 * WRONG), figures=figures(), subjects=len(SUBJECTS)
+    )
+    (MODELS / "README.md").write_text(card)
+    size = sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file())
+    print(f"{MODELS.name}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Every script in examples/ runs, in a folder of its own; the bundled model's only where its files are there."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import miniatures
+import pytest
+from aligning import align, aligned
+
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.bundled import MODELS
+from alignprop_pipe.config import PRESETS
+from alignprop_pipe.runs import read_metrics
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+Run = Callable[..., dict]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a script as `python examples/NAME ARGUMENTS` would, with settings that end soon."""
+    monkeypatch.chdir(tmp_path)
+    few = {"batch_size": 2, "gradient_accumulation_steps": 1, "num_inference_steps": 2, "eval_prompts": 2}
+    for preset in ("fast", "emoji"):
+        monkeypatch.setitem(PRESETS, preset, {**PRESETS[preset], **few})
+
+    def script(name: str, *arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / name), *arguments])
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return script
+
+
+needs_the_bundled_model = pytest.mark.skipif(
+    any(model.missing for model in MODELS), reason="the bundled model is not in alignprop_pipe/models"
+)
+
+
+def test_every_example_has_a_test() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "align_bundled.py",
+        "custom_reward.py",
+        "your_own_pipeline.py",
+    }
+
+
+@needs_the_bundled_model
+def test_align_bundled(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("align_bundled.py", "1")["result"]
+    assert result.steps == 1
+    assert result.history[0].evidence.judges  # the preset of the bundled model watches its judge
+    assert "AlignResult" in capsys.readouterr().out
+    assert Path("cats.png").stat().st_size > 100
+    AlignPropPipeline.from_pretrained("emoji").load_adapter("cats.safetensors")
+
+
+@needs_the_bundled_model
+def test_custom_reward(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("custom_reward.py", "1")
+    assert "held-out warmth" in capsys.readouterr().out
+
+
+def test_the_custom_reward_works_on_the_command_line() -> None:
+    result = align(aligned(), f"{EXAMPLES / 'custom_reward.py'}:warmth", steps=4, eval_prompts=2, eval_every=0)
+    assert result.changes["warmth"].difference > 0
+
+
+def test_your_own_pipeline(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    miniatures.sd15().save_pretrained(tmp_path / "model")
+    found = run("your_own_pipeline.py", str(tmp_path / "model"), "1")
+    assert found["result"].steps == 1
+    assert found["pipe"].unet is found["stock"].unet
+    assert "held-out colour" in capsys.readouterr().out
+    assert [record.step for record in read_metrics(tmp_path / "runs" / "colourful-animals")] == [0, 1]

@@ -1,0 +1,39 @@
+"""One scalar from the rewards of a batch: by hand, and its gradient."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignprop_pipe.config import Hinge, Loss, Maximize, Target
+from alignprop_pipe.loss import loss_of
+
+NUMBERS = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize(
+    ("rule", "loss", "slopes"),
+    [
+        (Maximize(), -2.0, [-1 / 3, -1 / 3, -1 / 3]),
+        (Target(2), 4 / 3, [-1 / 3, 1 / 3, 0.0]),
+        (Target(-1), 3.0, [1 / 3, 1 / 3, 1 / 3]),
+        (Hinge(3), 4 / 3, [-1 / 3, 0.0, -1 / 3]),
+        (Hinge(-5), 0.0, [0.0, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_values_and_slopes(rule: Loss, loss: float, slopes: list[float]) -> None:
+    rewards = torch.tensor([0.0, 4.0, 2.0], requires_grad=True)
+    got = loss_of(rule, rewards)
+    got.backward()
+    assert got.item() == pytest.approx(loss)
+    assert rewards.grad is not None
+    assert rewards.grad.tolist() == pytest.approx(slopes)
+
+
+@given(NUMBERS, st.sampled_from([Maximize(), Target(1.5), Hinge(2)]))
+def test_equal_batches_have_the_mean_of_their_losses(numbers: list[float], rule: Loss) -> None:
+    rewards = torch.tensor(numbers, dtype=torch.float64)
+    whole = loss_of(rule, torch.cat([rewards, rewards + 1]))
+    parts = (loss_of(rule, rewards) + loss_of(rule, rewards + 1)) / 2
+    torch.testing.assert_close(whole, parts)

@@ -1,0 +1,545 @@
+"""AlignPropPipeline over stock classes: the same pictures and files, shared weights, and what cannot be done."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import miniatures
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from aligning import PROMPTS, adapter, align, aligned, is_stock, pictures, same, state
+from diffusers import (
+    AutoencoderTiny,
+    AutoPipelineForImage2Image,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LTXPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from alignprop_pipe import AlignPropPipeline, lora, stock
+from alignprop_pipe.config import PRESETS, LoraOptions
+from alignprop_pipe.errors import (
+    AdapterError,
+    ConfigError,
+    PipelineError,
+    PromptError,
+    RewardError,
+    RewardGradientError,
+    RewardShapeError,
+    RewardValueError,
+    RunError,
+)
+from alignprop_pipe.pipeline import aligned_class, known_types, single_file_class, stock_class
+from alignprop_pipe.rewards.simple import Brightness
+
+# --- the same as the stock pipeline -----------------------------------------------------------------------------------
+
+
+def test_it_is_both() -> None:
+    pipe = aligned()
+    assert isinstance(pipe, AlignPropPipeline)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert type(pipe) is aligned_class(StableDiffusionPipeline)  # made once for each stock class
+    assert stock_class(type(pipe)) is StableDiffusionPipeline
+    assert (type(pipe).__name__, type(pipe).__qualname__) == (
+        "StableDiffusionPipeline",
+        "AlignPropStableDiffusionPipeline",
+    )
+    again = AlignPropPipeline.from_pipe(pipe)
+    assert type(again) is type(pipe)
+
+
+@pytest.mark.parametrize("make", [miniatures.sd15, miniatures.sd3], ids=lambda make: make.__name__)
+def test_pictures_are_the_stock_ones_bit_for_bit(make: Any) -> None:
+    pipe = make()
+    wanted = pictures(pipe)
+    assert torch.equal(pictures(aligned(pipe)), wanted)
+
+
+def test_from_pipe_copies_no_weights() -> None:
+    pipe = miniatures.sd15()
+    made = aligned(pipe)
+    for name, part in pipe.components.items():
+        assert getattr(made, name) is part
+    pipe.unet.conv_in.weight.data.mul_(2)
+    assert torch.equal(pictures(made), pictures(pipe))
+
+
+def tiny_decoder() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+        upsampling_scaling_factor=2,
+    ).eval()
+
+
+def test_from_pipe_keeps_a_part_of_another_type_than_the_type_hint() -> None:
+    pipe = miniatures.sd15()
+    pipe.vae = tiny_decoder()
+    made = aligned(pipe)
+    assert made.vae is pipe.vae
+    assert torch.equal(pictures(made), pictures(pipe))
+    align(made)
+    assert adapter(made)[1].any()
+
+
+def test_from_pipe_replaces_parts_and_leaves_the_first_pipeline_alone() -> None:
+    pipe = miniatures.sd15()
+    scheduler, other = pipe.scheduler, miniatures.make_scheduler("EulerDiscreteScheduler")
+    made = AlignPropPipeline.from_pipe(pipe, scheduler=other)
+    assert (made.scheduler, pipe.scheduler) == (other, scheduler)
+    assert pipe.config["scheduler"][1] == "DDIMScheduler"
+    assert made.config["scheduler"][1] == "EulerDiscreteScheduler"
+
+
+def test_stock_tools_take_it() -> None:
+    pipe = aligned()
+    assert type(AutoPipelineForImage2Image.from_pipe(pipe)) is StableDiffusionImg2ImgPipeline
+    back = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    assert torch.equal(pictures(back.to("cpu")), pictures(pipe))
+
+
+def test_from_pipe_wants_a_pipeline(unchecked: None) -> None:
+    with pytest.raises(PipelineError, match=r"not str; for a model id.*from_pretrained"):
+        AlignPropPipeline.from_pipe("emoji")  # type: ignore[arg-type]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_pipeline_opens_in_stock_diffusers(tmp_path: Path) -> None:
+    pipe = aligned()
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    opened = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(opened) is StableDiffusionPipeline
+    assert torch.equal(pictures(opened), pictures(pipe))
+    made = AlignPropPipeline.from_pretrained(tmp_path)
+    assert isinstance(made, StableDiffusionPipeline)
+    assert made.name_or_path == str(tmp_path)
+    assert torch.equal(pictures(made), pictures(pipe))
+
+
+def test_an_aligned_pipeline_is_saved_as_its_base_and_a_lora(tmp_path: Path) -> None:
+    pipe = aligned()
+    base = pictures(pipe)
+    align(pipe)
+    trained, before = pictures(pipe), state(pipe)
+    assert not torch.equal(trained, base)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(pictures(pipe), trained)  # saving changes nothing here
+    assert state(pipe) == before
+    opened = DiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(pictures(opened), base)
+    opened.load_lora_weights(tmp_path)
+    torch.testing.assert_close(pictures(opened), trained, rtol=0, atol=1e-5)
+    align(pipe)  # and it trains on
+    pipe.save_pretrained(tmp_path / "without")
+    lora.detach(stock.denoisers(pipe))
+    pipe.save_pretrained(tmp_path / "without")
+    assert not any(file.name.startswith("pytorch_lora") for file in (tmp_path / "without").glob("unet/*"))
+
+
+def test_adapter_files_round_trip(tmp_path: Path) -> None:
+    pipe = aligned()
+    with pytest.raises(AdapterError):
+        pipe.save_adapter(tmp_path / "none.safetensors")
+    result = align(pipe, out=tmp_path / "run")
+    trained, weights = pictures(pipe), adapter(pipe)
+    files = pipe.save_adapter(tmp_path / "a.safetensors", reward="brightness")
+    assert [file.name for file in files] == ["a.safetensors", "a-comfyui.safetensors"]
+    assert result.adapter_path == tmp_path / "run" / "adapter.safetensors"
+    for path in (*files, tmp_path / "run"):
+        other = aligned()
+        other.load_adapter(path)
+        assert same(adapter(other), weights)
+        assert torch.equal(pictures(other), trained)
+    other.load_adapter(files[0], scale=0.0)
+    torch.testing.assert_close(pictures(other), pictures(miniatures.sd15()), rtol=0, atol=1e-6)
+
+
+def test_known_types_hides_one_warning_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    library = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    library.addHandler(caplog.handler)
+    with known_types():
+        library.warning("Expected types for vae: AutoencoderKL, got AutoencoderTiny.")
+        library.warning("something else")
+    library.warning("Expected types for unet: another one")
+    library.removeHandler(caplog.handler)
+    assert dict.fromkeys(record.getMessage() for record in caplog.records) == {
+        "something else": None,
+        "Expected types for unet: another one": None,
+    }
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+
+def ltx_checkpoint(pipe: LTXPipeline, path: Path) -> Path:
+    """The transformer in one file, by the names of the model's first release."""
+    names = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    weights = {}
+    for key, weight in pipe.transformer.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        weights[f"model.diffusion_model.{key}"] = weight.contiguous()
+    save_file(weights, path)
+    return path
+
+
+def test_from_single_file(tmp_path: Path) -> None:
+    pipe = miniatures.ltx()
+    path = ltx_checkpoint(pipe, tmp_path / "model.safetensors")
+    pipe.save_pretrained(tmp_path / "folder")
+    parts = {"vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    made = AlignPropPipeline.from_single_file(path, config=str(tmp_path / "folder"), **parts)
+    assert isinstance(made, LTXPipeline)
+    weights = pipe.transformer.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in made.transformer.state_dict().items())
+    assert made.vae is pipe.vae
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
+def test_the_class_for_a_single_file(tmp_path: Path) -> None:
+    path = ltx_checkpoint(miniatures.ltx(), tmp_path / "model.safetensors")
+    miniatures.sdxl().save_pretrained(tmp_path / "folder")
+    assert single_file_class(str(path), {"config": str(tmp_path / "folder")}) is StableDiffusionXLPipeline
+    with pytest.raises(PipelineError, match=r"LTX.*not on this machine.*config= a folder.*pipeline_class="):
+        AlignPropPipeline.from_single_file(path)
+
+
+# --- what align refuses -----------------------------------------------------------------------------------------------
+
+
+def refused(pipe: Any, error: type[Exception], match: str, *args: Any, **changed: Any) -> None:
+    """`align` raises, and the pipeline is as it was."""
+    before = state(pipe) if isinstance(pipe, StableDiffusionPipeline) else None
+    with pytest.raises(error, match=match):
+        align(pipe, *args, **changed)
+    assert before is None or state(pipe) == before
+    assert is_stock(pipe)
+
+
+def test_no_denoiser_and_no_prompt() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    refused(
+        aligned(DDPMPipeline(unet=unet, scheduler=DDPMScheduler())),
+        PipelineError,
+        "DDPMPipeline takes no prompt: it cannot be aligned",
+    )
+    pipe = aligned()
+    pipe.unet = None
+    with pytest.raises(PipelineError, match=r"no denoiser.*vae \(AutoencoderKL\).*from_pretrained\('emoji'\)"):
+        align(pipe)
+
+
+def test_no_attention_projections() -> None:
+    pipe = aligned()
+    pipe.unet = miniatures.unet(
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None
+    )
+    refused(pipe, PipelineError, r"unet \(UNet2DConditionModel\) has no linear attention.*target_modules")
+    align(pipe, target_modules=("time_emb_proj",))  # the way out
+
+
+def test_target_modules_that_fit_nothing() -> None:
+    refused(aligned(), PipelineError, r"target_modules=\('to_p',\) do not fit unet", target_modules=("to_p",))
+
+
+def test_an_earlier_adapter_survives_a_call_that_is_refused() -> None:
+    pipe = aligned()
+    align(pipe)
+    trained, weights = pictures(pipe), adapter(pipe)
+    for wrong in ({"target_modules": ("to_p",)}, {"reward": lambda images, prompts: images.mean()}, {"prompts": []}):
+        with pytest.raises((PipelineError, RewardShapeError, PromptError)):
+            align(pipe, **wrong)
+        assert same(adapter(pipe), weights)
+        assert torch.equal(pictures(pipe), trained)
+
+
+def test_quantised() -> None:
+    pipe = aligned()
+    pipe.unet.is_quantized = True
+    refused(pipe, PipelineError, "unet is quantised.*without a quantization_config")
+
+
+def test_offloaded() -> None:
+    pipe = aligned()
+    add_hook_to_module(pipe.unet, ModelHook())
+    refused(pipe, PipelineError, r"unet is offloaded.*remove_all_hooks\(\)")
+    pipe.remove_all_hooks()
+    align(pipe)  # the way out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is loaded
+def test_compiled() -> None:
+    pipe = aligned()
+    network = pipe.unet
+    pipe.unet = torch.compile(network)
+    with pytest.raises(PipelineError, match=r"unet is compiled: call align\(\) first"):
+        align(pipe)
+    pipe.unet = network
+    pipe.unet.compile()
+    refused(pipe, PipelineError, r"unet is compiled: call align\(\) first")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [([], "no prompts"), ([""], "prompt 1 is empty"), ("emojy", "did you mean 'emoji'"), (7, "given as int")],
+)
+def test_prompts_that_are_none(prompts: Any, words: str) -> None:
+    refused(aligned(), PromptError, words, "brightness", prompts)
+
+
+def whole_batch(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.mean()
+
+
+def not_a_number(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.mean(dim=(1, 2, 3)) / 0 * 0
+
+
+def detached(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.detach().mean(dim=(1, 2, 3))
+
+
+def eight_bits(images: Tensor, prompts: list[str]) -> Tensor:
+    return (images * 255).to(torch.uint8).float().mean(dim=(1, 2, 3))
+
+
+def fails(images: Tensor, prompts: list[str]) -> Tensor:
+    raise KeyError("weights")
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "words"),
+    [
+        (whole_batch, RewardShapeError, r"shape \(\) for 2 images"),
+        (not_a_number, RewardValueError, "nan"),
+        (detached, RewardGradientError, r"detach\(\) in test_pipeline.py"),
+        (eight_bits, RewardGradientError, r"to\(\) in test_pipeline.py.*whole numbers"),
+        (fails, RewardError, "KeyError"),
+        ("brightnes", RewardError, "brightness"),
+        ("emoji_judge", RewardError, "only watched"),
+    ],
+)
+def test_rewards_that_cannot_train(reward: Any, error: type[Exception], words: str, tmp_path: Path) -> None:
+    refused(aligned(), error, words, reward, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides() -> None:
+    pipe = aligned()
+    refused(pipe, ConfigError, "'stepz' is not known; did you mean steps", stepz=3)
+    refused(pipe, ConfigError, "steps = 0", steps=0)
+    for name in ("prompt", "generator", "latents", "output_type"):
+        refused(pipe, ConfigError, f"'{name}' is not known", **{"reward": "brightness", name: None})
+    result = align(pipe, lora=LoraOptions(rank=3), guidance_rescale=0.5, guidance_scale=2.0)
+    assert result.config.lora.rank == 3
+    assert {len(weight) for weight in adapter(pipe)[::2]} == {3}
+
+
+def test_a_folder_that_holds_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(aligned(), RunError, "holds files already", out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# --- what align tells -------------------------------------------------------------------------------------------------
+
+
+def test_words_that_are_lost_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    long = "a dog " + "and a cat " * 40 + "under seven moons"
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        align(aligned(), prompts=[long, "a dog", "a red cat"])
+    (record,) = [record for record in caplog.records if record.name.startswith("alignprop_pipe")]
+    assert record.getMessage().startswith("1 of 3 prompts are longer than the tokenizer takes")
+    assert record.getMessage().endswith("under seven moons'")
+
+
+def safety_checker() -> StableDiffusionSafetyChecker:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=small, vision_config={**small, "image_size": 16, "patch_size": 8}, projection_dim=16
+    )
+    return StableDiffusionSafetyChecker(config).eval()
+
+
+def guarded() -> AlignPropPipeline:
+    pipe = miniatures.sd15()
+    parts = {**pipe.components, "safety_checker": safety_checker()}
+    parts["feature_extractor"] = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    return aligned(StableDiffusionPipeline(**parts))
+
+
+@pytest.mark.parametrize("how", ["success", "failure"])
+def test_a_safety_checker_is_off_while_training(how: str, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    pipe, calls = guarded(), []
+    checker = pipe.safety_checker
+    checker.register_forward_hook(lambda *_: calls.append(1))
+    before = state(pipe)
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        if images.shape[-1] == 16 and how == "failure":
+            raise KeyError("broken in a step")
+        return images.mean(dim=(1, 2, 3))
+
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        if how == "failure":
+            with pytest.raises(KeyError):
+                align(pipe, reward)
+        else:
+            align(pipe, reward)
+    (record,) = [record for record in caplog.records if record.name.startswith("alignprop_pipe")]
+    assert record.getMessage().startswith("safety_checker is switched off while training")
+    assert calls == []
+    assert pipe.safety_checker is checker
+    assert state(pipe) == before
+    pictures(pipe)
+    assert calls
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "safety_checker" / "config.json").is_file()
+
+
+class Watermark:
+    """As diffusers' own, which goes through NumPy."""
+
+    seen = 0
+
+    def apply_watermark(self, images: Tensor) -> Tensor:
+        self.seen += 1
+        return images.detach()
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_watermark_is_off_while_training() -> None:
+    pipe, mark = aligned(miniatures.sdxl()), Watermark()
+    pipe.watermark = mark
+    align(pipe)
+    assert pipe.watermark is mark
+    assert mark.seen == 0
+    assert adapter(pipe)[1].any()
+
+
+# --- adapters beside ours ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_replaces_the_adapter_of_the_first() -> None:
+    pipe = aligned()
+    first = align(pipe, rank=4, seed=1)
+    second = align(pipe)
+    fresh = align(aligned())
+    assert first.adapter.keys() == second.adapter.keys()
+    assert all(torch.equal(weight, fresh.adapter[name]) for name, weight in second.adapter.items())
+    assert list(pipe.unet.peft_config) == [lora.ADAPTER_NAME]
+
+
+def with_style() -> tuple[AlignPropPipeline, dict[str, Tensor]]:
+    """A pipeline on which a user has put a LoRA."""
+    pipe = aligned()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), adapter_name="style")
+    pipe.unet.requires_grad_(False).eval()
+    return pipe, {name: weight.clone() for name, weight in pipe.unet.named_parameters() if ".style." in name}
+
+
+@pytest.mark.parametrize("how", ["success", "failure"])
+def test_the_lora_of_a_user_stays_active(how: str) -> None:
+    pipe, style = with_style()
+    drawn, before = pictures(pipe), state(pipe)
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        if images.shape[-1] == 16 and how == "failure":
+            raise KeyError("broken in a step")
+        return images.mean(dim=(1, 2, 3))
+
+    if how == "failure":
+        with pytest.raises(KeyError):
+            align(pipe, reward)
+        assert torch.equal(pictures(pipe), drawn)
+        assert list(pipe.unet.peft_config) == ["style"]
+    else:
+        align(pipe, reward)
+        assert pipe.unet.active_adapters() == ["style", lora.ADAPTER_NAME]
+        assert not torch.equal(pictures(pipe), drawn)
+    assert state(pipe) == before
+    now = dict(pipe.unet.named_parameters())
+    assert all(torch.equal(weight, now[name]) for name, weight in style.items())
+    assert not any(now[name].requires_grad for name in style)
+    lora.detach(stock.denoisers(pipe))
+    assert torch.equal(pictures(pipe), drawn)
+
+
+# --- gradient mode ----------------------------------------------------------------------------------------------------
+
+
+def test_align_works_in_inference_mode(tmp_path: Path) -> None:
+    wanted = align(aligned(), eval_prompts=1)
+    pipe = aligned()
+    pipe.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        result = align(pipe, eval_prompts=1)
+        loaded = align(AlignPropPipeline.from_pretrained(tmp_path), eval_prompts=1)  # as a ComfyUI node does
+        assert torch.is_inference_mode_enabled()
+    for got in (result, loaded):
+        assert all(torch.equal(weight, wanted.adapter[name]) for name, weight in got.adapter.items())
+        assert not any(weight.is_inference() for weight in got.adapter.values())
+    align(pipe)  # and outside it again
+
+
+def test_weights_that_were_loaded_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        pipe = aligned()
+    with pytest.raises(PipelineError, match=r"inference_mode.*AlignPropPipeline\.from_pretrained"):
+        align(pipe)
+    assert is_stock(pipe)
+
+
+# --- settings and the record of a run ---------------------------------------------------------------------------------
+
+
+def test_a_bundled_model_has_its_own_settings() -> None:
+    few = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "height": 16, "width": 16}
+    pipe = aligned()
+    assert pipe.align("brightness", PROMPTS, **few).config.lora.rank == PRESETS["paper"]["rank"]
+    pipe.register_to_config(_name_or_path="emoji")
+    assert pipe.align("brightness", PROMPTS, **few).config.lora.rank == PRESETS["emoji"]["rank"]
+
+
+def test_the_run_folder_says_how_to_repeat_it(tmp_path: Path) -> None:
+    pipe = aligned()
+    result = align(pipe, Brightness() * 2, out=tmp_path / "run", eval_prompts=1)
+    assert result.run_folder == tmp_path / "run"
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["reward"] == "2*brightness"
+    assert about["prompts"] == PROMPTS
+    assert about["config"] == result.config.to_dict()
+    assert "align('2*brightness'" in about["command"]
+    assert about["result"]["status"] == "completed"
+    assert about["versions"]["diffusers"] == diffusers.__version__
+    assert {"adapter.safetensors", "adapter-comfyui.safetensors", "metrics.jsonl", "report.html", "curve.png"} <= {
+        file.name for file in (tmp_path / "run").iterdir()
+    }
