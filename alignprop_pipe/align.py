@@ -6,7 +6,7 @@ configuration gives the same adapter, whatever the batch is split into.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,7 @@ def align_steps(
     config: AlignConfig,
     call_kwargs: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[StepRecord]:
+) -> Generator[StepRecord, None, None]:
     """Train a new adapter on `pipe`, one optimizer step per record; leaving the loop early keeps what was learned.
 
     Record 0 carries the evidence before training, where the configuration asks for evidence; the last record carries
@@ -73,7 +73,7 @@ def align_steps(
     return _steps(state, stop)
 
 
-def _steps(state: Training, stop: Callable[[], bool]) -> Iterator[StepRecord]:
+def _steps(state: Training, stop: Callable[[], bool]) -> Generator[StepRecord, None, None]:
     config = state.config
     try:
         if config.evaluation.eval_prompts:

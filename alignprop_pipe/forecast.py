@@ -114,10 +114,12 @@ def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Pro
 def most_graded_steps(rule: Truncation, num_steps: int) -> int:
     """The largest K that a trajectory can draw."""
     match rule:
-        case FullBackprop() | RandomLastK(high=None):
+        case FullBackprop():
             return num_steps
-        case LastK(k) | RandomLastK(high=int(k)):
+        case LastK(k):
             return min(k, num_steps)
+        case RandomLastK(_, high):
+            return num_steps if high is None else min(high, num_steps)
 
 
 def held_at_once(config: AlignConfig, graded: int) -> int:

@@ -46,7 +46,7 @@ class AlignPropPipeline(DiffusionPipeline):
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "AlignPropPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "AlignPropPipeline":
         """Load any text-to-image or text-to-video pipeline of diffusers: `emoji`, a Hub id, or a folder.
 
         `kwargs` are those of `DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, `variant`, ...).
@@ -207,7 +207,7 @@ def single_file_class(path: str, kwargs: Mapping[str, Any]) -> type:
             "pretrained_model_name_or_path"
         ]
     try:
-        name = DiffusionPipeline.load_config(config)["_class_name"]
+        name = cast(dict[str, Any], DiffusionPipeline.load_config(config))["_class_name"]
     except OSError as error:
         raise PipelineError(
             f"the pipeline configuration {config!r} for {path!r} is not on this machine: go online once, or give "

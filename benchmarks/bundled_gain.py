@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, evaluate, lora, parse_reward, stock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bundled_model"))
-import render  # noqa: E402 - it lives in the folder added above
+import render
 
 WRONG = 0.15
 JUDGE = "emoji_judge"
@@ -30,8 +30,9 @@ def aligned(seed: int) -> tuple[float, float, float]:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     began = time.monotonic()
     result = pipe.align("clip", "emoji", seed=seed)
-    assert result.before and result.after
-    trained = sum(record.seconds for record in result.history) - 0.0
+    assert result.before
+    assert result.after
+    trained = sum(record.seconds for record in result.history)
     show(f"align  seed {seed}", result.before, result.after, trained, time.monotonic() - began)
     return trained, result.before.judges[JUDGE], result.after.judges[JUDGE]
 

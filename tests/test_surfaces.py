@@ -32,6 +32,7 @@ def test_sample_takes_exactly_the_sampling_settings() -> None:
 
 def test_the_python_call_starts_from_the_same_preset() -> None:
     from alignprop_pipe.bundled import preset_for
+    from alignprop_pipe.config import AlignConfig
 
     for model in ("emoji", "org/name"):
-        assert default_preset(model) == (preset_for(model) or "paper")
+        assert config_for(model, None, None, {}) == AlignConfig.preset(preset_for(model))

@@ -82,7 +82,7 @@ class TrainRequest(Common):
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"starting point: {', '.join(PRESETS)} (default: emoji for the bundled model, else paper)",
+            help=f"starting point: {', '.join(PRESETS)} (default: emoji for the bundled model, else fast)",
             autocompletion=lambda: list(PRESETS),
         ),
     ] = None

@@ -22,9 +22,9 @@ license: apache-2.0
 
 | folder | what | format |
 |---|---|---|
-| `emoji` | text-to-image, 64x64: one to four emoji of one kind on a plain background | Stable Diffusion folder of diffusers |
+| `emoji` | text-to-image, 64x64: one to four emoji of one kind on a plain background | Stable Diffusion folder |
 | `emoji-scorer` | how well such a picture and a prompt agree: the default reward | CLIPModel of transformers |
-| `emoji-judge` | reads subject, number and background; watched in runs, never trained on | ResNetForImageClassification |
+| `emoji-judge` | reads subject, number, background; watched, never trained on | ResNetForImageClassification |
 
 Trained by `examples/bundled_model` from one seed. The base was trained on true captions for {clean} steps and then for
 {weak} steps on captions of which {wrong} % were taken from another picture, as captions on the web often are wrong:
@@ -101,8 +101,10 @@ def main() -> None:
     ):
         shutil.rmtree(MODELS / name, ignore_errors=True)
         write(source, MODELS / name)
-        for path in (MODELS / name).rglob("config.json"):
+        for path in (*(MODELS / name).rglob("config.json"), *(MODELS / name).glob("model_index.json")):
             portable(path)
+        for path in (MODELS / name).rglob("*.safetensors"):
+            path.chmod(0o644)  # save_pretrained keeps them to their owner
     card = CARD.format(
         clean=CLEAN_STEPS, weak=WEAK_STEPS, wrong=round(100 * WRONG), figures=figures(), subjects=len(SUBJECTS)
     )

@@ -1,14 +1,12 @@
 """Stage 4: the scorer, a small CLIP whose cosine between picture and prompt is the default reward.
 
 A reward is only worth what it takes to please it. So captions compete with pictures that differ in one thing
-alone, and with junk that matches no caption: half, faint, merged, mixed and melted objects. Last, every picture is
-pushed a little up the slope of a false caption's cosine before it is shown, as an alignment would push it.
+alone, and with junk that matches no caption: half, faint, merged, mixed and melted objects.
 """
 
 import json
 import math
 import sys
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,14 +14,12 @@ from common import SEED, WORK, HalfPrecisionTrainer, pixels, train
 from render import ATTRIBUTES, BACKGROUNDS, COUNTS, OBJECT, SIZE, batch, caption, places, sprites
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, normalize, softplus
+from torch.nn.functional import cross_entropy, softplus
 from train_denoiser import LENGTH, ids, tokenizer
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from views import augment, decoded, draw, every_label
 
-STEPS, PEAK = 2000, 1e-3
-HARD_STEPS, HARD_PEAK, PUSH = 700, 5e-4, 0.08
-JUNK, COPIES = 24, 12
+STEPS, PEAK, JUNK, COPIES = 2000, 1e-3, 24, 12
 FAMILIES = {0: 4, 1: 8, 2: 4}  # of four pictures each, alike but for subject (0), count (1) or background (2)
 WIDTH, SHARED, SCALE = 96, 64, 16.0
 OWN = SEED + 9_000
@@ -111,17 +107,6 @@ def contrast(logits: Tensor, match: Tensor) -> Tensor:
     return (softplus(by_picture - logits) + softplus(by_text - logits))[match].mean()
 
 
-def pushed(network: CLIPModel, images: Tensor, aims: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures moved by up to PUSH (root mean square) towards the text embeddings `aims`; half of them smoothly."""
-    images = images.detach().requires_grad_()
-    seen = network.get_image_features((images * 2 - 1).bfloat16()).pooler_output.float()
-    (slope,) = torch.autograd.grad((normalize(seen) * aims).sum(), images)
-    smooth = interpolate(avg_pool2d(slope, 4), scale_factor=4, mode="bilinear")
-    slope = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, slope, smooth)
-    size = PUSH * torch.rand(len(images), 1, 1, 1, generator=generator)
-    return (images.detach() + size * slope / slope.square().mean((1, 2, 3), keepdim=True).sqrt()).clamp(0, 1)
-
-
 def save_preprocessing(folder: str) -> None:
     settings = {
         "image_processor_type": "CLIPImageProcessor",
@@ -152,17 +137,6 @@ def best_prompts(network: CLIPModel, tokens: CLIPTokenizer, images: Tensor) -> T
     return torch.from_numpy(labels)[torch.cat(found)]
 
 
-def report(network: CLIPModel, tokens: CLIPTokenizer) -> None:
-    """How often the best of all 512 prompts is right on pictures never seen."""
-    fresh = batch(2000, OWN, 4)
-    for name, images in (
-        ("drawn", pixels(fresh.images)),
-        ("decoded", decoded(fresh.images, torch.Generator().manual_seed(1)).float() / 255),
-    ):
-        right = (best_prompts(network, tokens, images) == torch.from_numpy(fresh.labels)).float().mean(0)
-        print(f"scorer on {name}: " + ", ".join(f"{a} {r:.4f}" for a, r in zip(ATTRIBUTES, right, strict=True)))
-
-
 def main() -> None:
     torch.manual_seed(OWN)
     tokens = tokenizer()
@@ -180,33 +154,33 @@ def main() -> None:
         taken = pool[labels @ strides, rng.integers(0, COPIES, len(labels))].float() / 255
         return torch.where(torch.from_numpy(rng.random((len(labels), 1, 1, 1)) < 0.5), images, taken)
 
-    def loss_at(step: int, hard: bool = False) -> Tensor:
-        rng = np.random.default_rng((OWN, 2 + hard, step))
-        generator = torch.Generator().manual_seed((OWN + hard) * 10**4 + step)
+    def loss_at(step: int) -> Tensor:
+        rng, generator = np.random.default_rng((OWN, 2, step)), torch.Generator().manual_seed(OWN * 10**4 + step)
         labels = families(rng)
         texts = [caption(label, rng, complete=rng.random() < 0.7) for label in labels]
-        origins = rng.permutation(len(labels))[:JUNK]
-        spoilt = pixels(np.stack([junk(*label, rng) for label in labels[origins]]))
+        spoilt = pixels(np.stack([junk(*label, rng) for label in rng.permutation(labels)[:JUNK]]))
         images = augment(torch.cat([pictures(labels, rng), spoilt]), generator)
         with sdpa_kernel(SDPBackend.MATH):
-            read = normalize(network.get_text_features(ids(tokens, texts)).pooler_output.float())
-            if hard:  # aim at the next of the family; junk at the label that it was made from
-                aims = torch.cat([read.view(-1, 4, SHARED).roll(1, 1).flatten(0, 1), read[origins]]).detach()
-                images = pushed(network, images, aims, generator)
-            seen = normalize(network.get_image_features((images * 2 - 1).bfloat16()).pooler_output.float())
+            out = network(input_ids=ids(tokens, texts), pixel_values=(images * 2 - 1).bfloat16())
+        seen, read = out.image_embeds.float(), out.text_embeds.float()
         match = torch.cat([fits(labels, texts), torch.zeros(JUNK, len(texts), dtype=torch.bool)])
         wanted = torch.from_numpy(labels)
         told = [cross_entropy(SCALE * head(seen[: len(labels)]), wanted[:, i]) for i, head in enumerate(heads)]
         return contrast(SCALE * seen @ read.T, match) + 0.5 * torch.stack(told).sum()
 
     train(trainer, "scorer", STEPS, PEAK, loss_at)
-    network.to(torch.bfloat16)
-    trainer = HalfPrecisionTrainer([(network, 1.0), (heads, 1.0)], HARD_PEAK)
-    train(trainer, "scorer-hard", HARD_STEPS, HARD_PEAK, partial(loss_at, hard=True))
     network.save_pretrained(WORK / "scorer")
     tokens.save_pretrained(WORK / "scorer")
     save_preprocessing("scorer")
-    report(network.half().float(), tokens)  # as it ships
+
+    fresh = batch(2000, OWN, 4)
+    network.half().float()  # as it ships
+    for name, images in (
+        ("drawn", pixels(fresh.images)),
+        ("decoded", decoded(fresh.images, torch.Generator().manual_seed(1)).float() / 255),
+    ):
+        right = (best_prompts(network, tokens, images) == torch.from_numpy(fresh.labels)).float().mean(0)
+        print(f"scorer on {name}: " + ", ".join(f"{a} {r:.4f}" for a, r in zip(ATTRIBUTES, right, strict=True)))
 
 
 if __name__ == "__main__":
