@@ -17,8 +17,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.errors import TrainingDiverged
+from alignprop_pipe.config import AlignConfig, Hinge
+from alignprop_pipe.errors import ConfigError, TrainingDiverged
 from alignprop_pipe.evidence import evaluate
 from alignprop_pipe.loss import loss_of
 from alignprop_pipe.prompts import PromptSet
@@ -137,6 +137,8 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
             results.append(accumulate(state, step, first, whole))
         norm = clipped_norm(state)
     losses, scores, graded, distances = zip(*results, strict=True)
+    if step == 1:
+        refuse_satisfied_hinge(config, scores)
     loss = sum(losses)
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     apply_gradient(state, skipped)
@@ -154,6 +156,16 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
         skipped=skipped,
         evidence=look(state, step) if is_look(config, step, stop()) else None,
     )
+
+
+def refuse_satisfied_hinge(config: AlignConfig, scores: Sequence[Scores]) -> None:
+    """Raises ConfigError if the first pictures are all past the margin already, so that nothing would ever pull."""
+    lowest = min(score.total.min().item() for score in scores)
+    if isinstance(config.loss, Hinge) and lowest >= config.loss.margin:
+        raise ConfigError(
+            f"loss = {config.loss}: the base model's pictures score {lowest:.4g} and more, past that margin, so "
+            "nothing is left to learn; use loss='maximize' (--loss maximize) or a higher margin"
+        )
 
 
 def accumulate(state: Training, step: int, first: int, whole: PromptBatch) -> tuple[float, Scores, range, float | None]:
@@ -252,7 +264,10 @@ def first_look(state: Training) -> StepRecord:
 
 def look(state: Training, step: int) -> Evidence:
     """Render and score the held-out prompts; remember the adapter if it is the best so far."""
-    evidence = evaluate(state.pipe, state.reward, state.judges, state.held_out, state.config, step, **state.call_kwargs)
+    with stock.guards_off(state.pipe):  # a guard that is wrong would score as a black picture
+        evidence = evaluate(
+            state.pipe, state.reward, state.judges, state.held_out, state.config, step, **state.call_kwargs
+        )
     if step > 0 and math.isfinite(evidence.reward) and evidence.reward > state.best_score:
         state.best_score, state.looks_without_gain = evidence.reward, 0
         state.best = lora.snapshot(state.denoisers) if state.config.evaluation.keep_best else None

@@ -469,8 +469,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "emoji": {
         "steps": 50,
         "batch_size": 12,
-        "rank": 8,
-        "lr": 3e-3,
+        "rank": 16,
+        "lr": 4e-3,
+        "loss": Hinge(0.8),
         "weight_decay": 1e-4,
         "max_grad_norm": 1.0,
         "truncation": RandomLastK(4),

@@ -49,7 +49,7 @@ class AlignPropPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "AlignPropPipeline":
         """Load any text-to-image or text-to-video pipeline of diffusers: `emoji`, a Hub id, or a folder.
 
-        `kwargs` are those of `DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, `variant`, ...).
+        `kwargs` are those of `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `variant`, ...).
         """
         name = str(pretrained_model_name_or_path)
         folder = resolve_model(name)
@@ -118,9 +118,8 @@ class AlignPropPipeline(DiffusionPipeline):
             ConfigError, PromptError, PipelineError, RewardError: before anything is trained.
             TrainingDiverged: too many steps in a row were not finite; with `out`, the last good adapter is there.
         """
-        base = config if config is not None else AlignConfig.preset(preset_for(self.name_or_path))
-        config, call_kwargs = settings(self, base, overrides)
         reward, prompt_set = as_reward(reward), PromptSet.load(prompts)
+        config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
         tell_about(self, prompt_set)
         session = Session(self, reward, prompt_set, config)
         with stop_on_interrupt() as stop:
@@ -217,6 +216,12 @@ def single_file_class(path: str, kwargs: Mapping[str, Any]) -> type:
 
 
 # --- the steps of align ---
+
+
+def usual_config(pipe: DiffusionPipeline, prompts: PromptSet) -> AlignConfig:
+    """The model's preset, without its judges where the prompts do not say what a judge could check."""
+    config = AlignConfig.preset(preset_for(pipe.name_or_path))
+    return config if prompts.targets else config.replace(judges=())
 
 
 def settings(
@@ -372,6 +377,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         if stop.is_set():
             signal.default_int_handler(number, frame)
         stop.set()
+        logger.warning("stopping after this step and saving everything; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, handler)
     try:

@@ -54,8 +54,8 @@ class StepClock:
             announced = getattr(self.pipe, "_num_timesteps", None)
             timesteps = len(stock.scheduler(self.pipe).timesteps)
             begin = getattr(stock.scheduler(self.pipe), "begin_index", None) or 0
-            self.num_steps = announced or timesteps - begin
-            self.graded = graded_steps(self.config.truncation, self.num_steps, self.generator)
+            num_steps = int(announced or timesteps - begin)
+            self.num_steps, self.graded = num_steps, graded_steps(self.config.truncation, num_steps, self.generator)
 
     def finish(self) -> None:
         """Raises PipelineError if the steps that were taken are not those that the cut was made for."""
@@ -186,10 +186,11 @@ class _Decoding(nn.Module):
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.decoder, self.decode = decoder, decoder.decode
+        self.decoder = decoder
+        self.call: Forward = decoder.decode  # type: ignore[assignment]  # a method, though modules hide its type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.decode(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
 
 def _checkpointed_decode(decoder: nn.Module) -> Forward:
@@ -204,7 +205,7 @@ def _checkpointed_decode(decoder: nn.Module) -> Forward:
         weights = {name: parameter.to(dtype) for name, parameter in floats.items()}
         return functional_call(decoding, weights, (latents, *args), kwargs)
 
-    @functools.wraps(decoder.decode)
+    @functools.wraps(decoding.call)
     def call(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         latents = latents.to(dtype)
         if not latents.requires_grad:

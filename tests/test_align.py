@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alignprop_pipe import lora, stock
 from alignprop_pipe.align import accumulate, align_steps, start
-from alignprop_pipe.errors import PipelineError, RewardShapeError, TrainingDiverged
+from alignprop_pipe.errors import ConfigError, PipelineError, RewardShapeError, TrainingDiverged
 from alignprop_pipe.evidence import evaluate
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Images, Rewards, StepRecord, Targets
@@ -154,12 +154,12 @@ def test_a_target_pulls_down_as_well_as_up() -> None:
         assert sign * result.changes["reward"].difference > 0
 
 
-def test_a_hinge_that_is_passed_trains_nothing() -> None:
+def test_a_hinge_that_every_picture_is_past_is_refused_at_the_first_step() -> None:
     pipe = aligned()
     before = pictures(pipe)
-    result = align(pipe, loss="hinge:-1", weight_decay=0)
-    assert [record.loss for record in result.history] == [0.0, 0.0]
-    assert [record.grad_norm for record in result.history] == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="--loss maximize"):
+        align(pipe, loss="hinge:-1")
+    assert is_stock(pipe)
     assert torch.equal(pictures(pipe), before)
 
 

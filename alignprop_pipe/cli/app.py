@@ -148,10 +148,10 @@ def _prompts(request: TrainRequest) -> str | list[str]:
 
 def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "Reward") -> None:
     """What would run, and what it costs."""
-    from alignprop_pipe.memory import forecast
+    from alignprop_pipe.forecast import forecast
 
     with console.waiting(output, "measuring one step"):
-        cost = forecast(pipe, config, reward)
+        cost = forecast(pipe, config)
     seconds = cost.seconds_per_step * config.steps
     pictures = config.batch_size * config.gradient_accumulation_steps
     rows = [
