@@ -1,6 +1,6 @@
 """The training loop, as a generator of records: prompts -> pictures -> rewards -> loss -> gradient -> adapter.
 
-It writes nothing and prints nothing (DESIGN, D6). All randomness comes from (seed, step, sample) (D5), so the same
+It writes nothing and prints nothing. All randomness comes from (seed, step, sample), so the same
 configuration gives the same adapter, whatever the batch is split into.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from alignprop_pipe import lora, stock
@@ -44,6 +45,7 @@ class Training:
     denoisers: Mapping[str, nn.Module]
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     best: list[Tensor] | None = None
     best_score: float = -math.inf
@@ -111,10 +113,16 @@ def start(
         parameter.requires_grad_(False)
     options = config.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
+    schedule = get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.warmup_steps,
+        num_training_steps=config.steps + 1,  # so that the last step still moves
+    )
     needs_scaling = config.mixed_precision == "fp16" or stock.is_half(pipe)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=needs_scaling)
     return Training(
-        pipe, reward, judges, train, held_out, config, call_kwargs, denoisers, parameters, optimizer, scaler
+        pipe, reward, judges, train, held_out, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler
     )
 
 
@@ -228,6 +236,7 @@ def apply_gradient(state: Training, skipped: bool) -> None:
         state.skipped_in_a_row = 0
         state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.lr_scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.skipped_in_a_row >= state.config.max_skipped:
         raise TrainingDiverged(

@@ -263,6 +263,10 @@ class OptimizerOptions(_Checked):
     """AdamW (paper: lr 1e-3, betas .9 and .999, weight decay 0.1, clip 5)."""
 
     lr: float = option(1e-3, "learning rate", above=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
+        "constant", "how the learning rate goes over the run: constant (the paper's), or falling to zero"
+    )
+    warmup_steps: int = option(0, "steps in which the learning rate rises from zero", low=0)
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's running averages", low=0, high=0.999999)
     weight_decay: float = option(0.1, "AdamW's weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", above=0)
@@ -467,10 +471,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
     "emoji": {
-        "steps": 50,
+        "steps": 80,
         "batch_size": 12,
         "rank": 16,
-        "lr": 4e-3,
+        "lr": 3e-3,
+        "lr_scheduler": "cosine",
         "loss": Hinge(0.8),
         "weight_decay": 1e-4,
         "max_grad_norm": 1.0,

@@ -1,4 +1,4 @@
-"""Which graded steps are computed twice (DESIGN, D11)."""
+"""Which graded steps are computed twice."""
 
 from alignprop_pipe.config import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
 

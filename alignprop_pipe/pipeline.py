@@ -1,6 +1,6 @@
 """`AlignPropPipeline`: a stock diffusers pipeline that can also be aligned to a reward.
 
-The class is made on the fly as a subclass of the stock class (DESIGN, D2), so everything that takes the stock
+The class is made on the fly as a subclass of the stock class, so everything that takes the stock
 pipeline takes this one, and pictures, files and arguments stay the stock ones.
 """
 

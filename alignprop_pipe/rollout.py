@@ -1,6 +1,6 @@
 """The stock pipeline as a differentiable program: prompts -> finished pictures with a graph to the adapter.
 
-There is no sampling loop here (DESIGN, D1). `inspect.unwrap` takes the `no_grad` decorator off the stock
+There is no sampling loop here. `inspect.unwrap` takes the `no_grad` decorator off the stock
 `__call__`; the denoisers' `forward` is wrapped so that steps before the cut run without a graph and graded steps
 are checkpointed; the scheduler's `step` is the clock. This file alone switches autograd on and off.
 """

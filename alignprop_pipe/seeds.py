@@ -1,6 +1,6 @@
 """All randomness of a run, derived from (seed, step, sample, purpose), so that nothing about it need be saved.
 
-A resumed run, a run in one piece and a run on two processes draw the same numbers (DESIGN, D5). Generators live
+A resumed run, a run in one piece and a run on two processes draw the same numbers. Generators live
 on the CPU: a seed then gives the same start on every card.
 """
 

@@ -14,7 +14,7 @@ from aligning import PROMPTS, adapter, align, aligned, is_stock, pictures, same,
 from torch import Tensor
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.align import accumulate, align_steps, start
+from alignprop_pipe.align import accumulate, align_steps, optimizer_step, start
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardShapeError, TrainingDiverged
 from alignprop_pipe.evidence import evaluate
 from alignprop_pipe.prompts import PromptSet
@@ -152,6 +152,17 @@ def test_a_target_pulls_down_as_well_as_up() -> None:
     for target, sign in ((0.0, -1), (1.0, 1)):
         result = align(aligned(), loss=f"target:{target}", steps=4, eval_prompts=2, eval_every=0)
         assert sign * result.changes["reward"].difference > 0
+
+
+def test_the_learning_rate_rises_and_falls_and_the_last_step_still_moves() -> None:
+    config = settings(steps=5, lr=0.01, lr_scheduler="linear", warmup_steps=2)
+    with autograd_on():
+        training = start(aligned(), Brightness(), PromptSet.load(PROMPTS), config, {})
+        rates = []
+        for step in range(1, 6):
+            rates.append(training.optimizer.param_groups[0]["lr"])
+            optimizer_step(training, step)
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.0075, 0.005])
 
 
 def test_a_hinge_that_every_picture_is_past_is_refused_at_the_first_step() -> None:
