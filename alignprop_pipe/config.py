@@ -471,10 +471,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
     "emoji": {
-        "steps": 80,
+        "steps": 70,
         "batch_size": 12,
         "rank": 16,
-        "lr": 3e-3,
+        "lr": 6e-3,
         "lr_scheduler": "cosine",
         "loss": Hinge(0.8),
         "weight_decay": 1e-4,

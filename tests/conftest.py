@@ -1,6 +1,7 @@
 """How every test runs: offline, on one thread, without windows or progress bars; hypothesis the same each time."""
 
 import os
+import signal
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -18,6 +19,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: some tests send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a loaded machine is not a bug. Derandomized: a green run stays green until the code changes.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
