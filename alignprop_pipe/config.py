@@ -474,7 +474,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 70,
         "batch_size": 12,
         "rank": 16,
-        "lr": 3e-3,
+        "lr": 5e-3,
         "lr_scheduler": "cosine",
         "loss": Hinge(0.8),
         "weight_decay": 1e-4,
