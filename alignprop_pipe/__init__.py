@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from alignprop_pipe import errors as errors
     from alignprop_pipe import rewards as rewards
     from alignprop_pipe.align import align_steps as align_steps
+    from alignprop_pipe.choices import FullBackprop as FullBackprop
+    from alignprop_pipe.choices import Hinge as Hinge
+    from alignprop_pipe.choices import KeepSteps as KeepSteps
+    from alignprop_pipe.choices import LastK as LastK
+    from alignprop_pipe.choices import Maximize as Maximize
+    from alignprop_pipe.choices import RandomLastK as RandomLastK
+    from alignprop_pipe.choices import RecomputeAll as RecomputeAll
+    from alignprop_pipe.choices import RecomputeNone as RecomputeNone
+    from alignprop_pipe.choices import Target as Target
     from alignprop_pipe.config import AlignConfig as AlignConfig
     from alignprop_pipe.config import EvaluationOptions as EvaluationOptions
-    from alignprop_pipe.config import FullBackprop as FullBackprop
-    from alignprop_pipe.config import Hinge as Hinge
-    from alignprop_pipe.config import KeepSteps as KeepSteps
-    from alignprop_pipe.config import LastK as LastK
     from alignprop_pipe.config import LoraOptions as LoraOptions
-    from alignprop_pipe.config import Maximize as Maximize
     from alignprop_pipe.config import OptimizerOptions as OptimizerOptions
-    from alignprop_pipe.config import RandomLastK as RandomLastK
-    from alignprop_pipe.config import RecomputeAll as RecomputeAll
-    from alignprop_pipe.config import RecomputeNone as RecomputeNone
     from alignprop_pipe.config import SamplingOptions as SamplingOptions
-    from alignprop_pipe.config import Target as Target
     from alignprop_pipe.errors import AlignError as AlignError
     from alignprop_pipe.evidence import evaluate as evaluate
     from alignprop_pipe.export import load_adapter as load_adapter
@@ -51,15 +51,15 @@ _HOME = {
     "OptimizerOptions": "alignprop_pipe.config",
     "SamplingOptions": "alignprop_pipe.config",
     "EvaluationOptions": "alignprop_pipe.config",
-    "FullBackprop": "alignprop_pipe.config",
-    "LastK": "alignprop_pipe.config",
-    "RandomLastK": "alignprop_pipe.config",
-    "RecomputeAll": "alignprop_pipe.config",
-    "RecomputeNone": "alignprop_pipe.config",
-    "KeepSteps": "alignprop_pipe.config",
-    "Maximize": "alignprop_pipe.config",
-    "Target": "alignprop_pipe.config",
-    "Hinge": "alignprop_pipe.config",
+    "FullBackprop": "alignprop_pipe.choices",
+    "LastK": "alignprop_pipe.choices",
+    "RandomLastK": "alignprop_pipe.choices",
+    "RecomputeAll": "alignprop_pipe.choices",
+    "RecomputeNone": "alignprop_pipe.choices",
+    "KeepSteps": "alignprop_pipe.choices",
+    "Maximize": "alignprop_pipe.choices",
+    "Target": "alignprop_pipe.choices",
+    "Hinge": "alignprop_pipe.choices",
     "PromptSet": "alignprop_pipe.prompts",
     "Reward": "alignprop_pipe.rewards.base",
     "as_reward": "alignprop_pipe.rewards.registry",

@@ -18,7 +18,8 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.config import AlignConfig, Hinge
+from alignprop_pipe.choices import Hinge
+from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError, TrainingDiverged
 from alignprop_pipe.evidence import evaluate
 from alignprop_pipe.loss import loss_of

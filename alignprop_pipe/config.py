@@ -1,232 +1,34 @@
 """`AlignConfig`: everything that decides a run, as one frozen value. Python, command line and nodes read it.
 
-Standard library only, so that `alignprop --help` can show every default without loading torch. Text becomes a
-value once, at the edge; `str(value)` gives the text back.
+Standard library only, so that `alignprop --help` can show every default without loading torch.
 """
 
 import dataclasses
 import difflib
 import json
-import math
 import sys
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from alignprop_pipe.choices import (
+    Checkpointing,
+    Hinge,
+    Loss,
+    Maximize,
+    RandomLastK,
+    RecomputeAll,
+    RecomputeNone,
+    Truncation,
+    checkpointing_from_text,
+    is_whole,
+    loss_from_text,
+    truncation_from_text,
+)
+from alignprop_pipe.config_fields import check, exact, option
 from alignprop_pipe.errors import ConfigError
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _float(name: str, number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        raise ConfigError(f"{name} is a whole number of more than 300 digits: a smaller number is needed") from None
-
-
-def _finite(name: str, value: Any) -> float:
-    if not (_is_whole(value) or isinstance(value, float)) or not math.isfinite(number := _float(name, value)):
-        raise ConfigError(f"{name}={value!r}): a finite number is needed")
-    return number
-
-
-# --- truncation: which of the last steps carry gradient ---
-
-
-@dataclass(frozen=True, slots=True)
-class FullBackprop:
-    """Every denoising step carries gradient (DRaFT, arXiv 2309.17400; collapses early, AlignProp section 4)."""
-
-    def __str__(self) -> str:
-        return "full"
-
-
-@dataclass(frozen=True, slots=True)
-class LastK:
-    """The last `k` denoising steps carry gradient (DRaFT-K)."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.k) or self.k < 1:
-            raise ConfigError(
-                f"LastK(k={self.k!r}): k must be a whole number, 1 or more; with no graded step nothing is trained"
-            )
-
-    def __str__(self) -> str:
-        return f"last:{self.k}"
-
-
-@dataclass(frozen=True, slots=True)
-class RandomLastK:
-    """The last K steps, K uniform on low..high, drawn once per trajectory (AlignProp, section 3.3).
-
-    The paper draws from 0..T; K = 0 would train nothing, so `low` starts at 1. `high=None` means T.
-    """
-
-    low: int = 1
-    high: int | None = None
-
-    def __post_init__(self) -> None:
-        whole = _is_whole(self.low) and (self.high is None or _is_whole(self.high))
-        if not whole or self.low < 1 or (self.high is not None and self.high < self.low):
-            raise ConfigError(
-                f"RandomLastK(low={self.low!r}, high={self.high!r}): whole numbers with 1 <= low <= high are needed; "
-                "high=None means every step"
-            )
-
-    def __str__(self) -> str:
-        if (self.low, self.high) == (1, None):
-            return "random"
-        return f"random:{self.low}-{'' if self.high is None else self.high}"
-
-
-Truncation = FullBackprop | LastK | RandomLastK
-
-
-def truncation_from_text(text: str) -> Truncation:
-    """`full`, `last:5`, `random`, `random:1-10` or `random:3-` -> the value. Raises ConfigError."""
-    name, _, rest = text.strip().lower().partition(":")
-    try:
-        if name == "full" and not rest:
-            return FullBackprop()
-        if name == "last":
-            return LastK(int(rest))
-        if name == "random":
-            low, dash, high = rest.partition("-")
-            if dash or not rest:
-                return RandomLastK(int(low or 1), int(high) if high else None)
-    except ConfigError:
-        raise
-    except ValueError:
-        pass
-    raise ConfigError(f"truncation {text!r} is not known; use one of: full, last:5, random, random:1-10")
-
-
-# --- gradient checkpointing: which graded steps are computed twice ---
-
-
-@dataclass(frozen=True, slots=True)
-class RecomputeAll:
-    """Every graded step is recomputed in the backward pass: least memory, flat in the number of steps."""
-
-    def __str__(self) -> str:
-        return "all"
-
-
-@dataclass(frozen=True, slots=True)
-class RecomputeNone:
-    """Every graded step keeps its activations: fastest, memory grows with K."""
-
-    def __str__(self) -> str:
-        return "none"
-
-
-@dataclass(frozen=True, slots=True)
-class KeepSteps:
-    """`steps` graded steps (the last ones) keep their activations, the others are recomputed."""
-
-    steps: int
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.steps) or self.steps < 0:
-            raise ConfigError(f"KeepSteps(steps={self.steps!r}): a number of graded steps, 0 or more, is needed")
-
-    def __str__(self) -> str:
-        return str(self.steps)
-
-
-Checkpointing = RecomputeAll | RecomputeNone | KeepSteps
-
-
-def checkpointing_from_text(text: str) -> Checkpointing:
-    """`all`, `none` or a number of graded steps to keep -> the value. Raises ConfigError."""
-    text = text.strip().lower()
-    if text == "all":
-        return RecomputeAll()
-    if text == "none":
-        return RecomputeNone()
-    try:
-        return KeepSteps(int(text))
-    except ValueError:  # a ConfigError too: KeepSteps(-1)
-        raise ConfigError(
-            f"checkpointing {text!r} is not known; use one of: all, none, or a number of graded steps to keep"
-        ) from None
-
-
-# --- losses: what the optimizer makes of the rewards ---
-
-
-@dataclass(frozen=True, slots=True)
-class Maximize:
-    """loss = -mean(reward)."""
-
-    def __str__(self) -> str:
-        return "maximize"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """loss = mean(|reward - value|); the paper's aesthetic run aims at 10."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "value", _finite("Target(value", self.value))
-
-    def __str__(self) -> str:
-        return f"target:{self.value!r}"
-
-
-@dataclass(frozen=True, slots=True)
-class Hinge:
-    """loss = mean(relu(margin - reward)): pictures past the margin pull no more (ReFL uses 2)."""
-
-    margin: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "margin", _finite("Hinge(margin", self.margin))
-
-    def __str__(self) -> str:
-        return f"hinge:{self.margin!r}"
-
-
-Loss = Maximize | Target | Hinge
-
-
-def loss_from_text(text: str) -> Loss:
-    """`maximize`, `target:10` or `hinge:2` -> the value. Raises ConfigError."""
-    name, _, rest = text.strip().lower().partition(":")
-    try:
-        if name == "maximize" and not rest:
-            return Maximize()
-        if name in ("target", "hinge"):
-            return Target(float(rest)) if name == "target" else Hinge(float(rest))
-    except ValueError:  # a ConfigError too: target:nan
-        pass
-    raise ConfigError(f"loss {text!r} is not known; use one of: maximize, target:10, hinge:2")
-
-
-# --- the fields ---
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    parse: Callable[[str], Any] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A field with its help text and its range: `low` and `high` belong to it, `above` does not."""
-    return field(default=default, metadata={"help": help, "parse": parse, "low": low, "high": high, "above": above})
 
 
 class _Checked:
@@ -239,8 +41,8 @@ class _Checked:
             if spec.name in PARTS:
                 _check_part(spec.name, getattr(self, spec.name))
                 continue
-            value = _exact(spec.name, spec, getattr(self, spec.name))
-            _check(spec.name, spec, value)
+            value = exact(spec.name, spec, getattr(self, spec.name))
+            check(spec.name, spec, value)
             object.__setattr__(self, spec.name, value)
 
 
@@ -502,81 +304,12 @@ def leaves(config: AlignConfig) -> Iterator[tuple[str, dataclasses.Field, Any]]:
 def value_from(name: str, spec: dataclasses.Field, value: Any) -> Any:
     """Turn text, a list or an int into what the field holds, where that loses nothing. Raises ConfigError."""
     parse = spec.metadata["parse"]
-    if parse is not None and (isinstance(value, str) or _is_whole(value)):
+    if parse is not None and (isinstance(value, str) or is_whole(value)):
         return parse(str(value))
-    return _exact(name, spec, value)
+    return exact(name, spec, value)
 
 
 # --- inside ---
-
-
-def _exact(name: str, spec: dataclasses.Field, value: Any) -> Any:
-    """A list as a tuple and a whole number as a float, where the field holds these; anything else as it came."""
-    kinds = _kinds(spec)
-    if tuple in kinds and isinstance(value, list | tuple):
-        floats = float in kinds[tuple]
-        return tuple(_float(name, one) if floats and _is_whole(one) else one for one in value)
-    return _float(name, value) if float in kinds and _is_whole(value) else value
-
-
-def _kinds(spec: dataclasses.Field) -> dict[Any, tuple]:
-    """The types that a field takes, each with its arguments: `int | None` -> {int: (), NoneType: ()}."""
-    union = isinstance(spec.type, types.UnionType) or typing.get_origin(spec.type) is typing.Union
-    members = typing.get_args(spec.type) if union else (spec.type,)
-    return {typing.get_origin(member) or member: typing.get_args(member) for member in members}
-
-
-def _fits(value: Any, kind: Any, arguments: tuple) -> bool:
-    if kind is Literal:
-        return value in arguments
-    if kind is tuple:
-        shape_ok = isinstance(value, tuple) and (Ellipsis in arguments or len(value) == len(arguments))
-        return shape_ok and all(isinstance(v, arguments[0]) and not isinstance(v, bool) for v in value)
-    return isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
-
-
-_WORDS: dict[type, tuple[str, str]] = {
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    str: ("text", "texts"),
-    bool: ("true or false", "truths"),
-    types.NoneType: ("nothing (None)", ""),
-}
-
-
-def _type_text(spec: dataclasses.Field) -> str:
-    names = []
-    for kind, arguments in _kinds(spec).items():
-        if kind is Literal:
-            names.append(" or ".join(map(repr, arguments)))
-        elif kind is tuple:
-            inner = _WORDS[arguments[0]][1]
-            names.append(f"a list of {inner}" if Ellipsis in arguments else f"a list of {len(arguments)} {inner}")
-        else:
-            names.append(_WORDS[kind][0] if kind in _WORDS else f"{kind.__name__}(...)")
-    return " or ".join(names)
-
-
-def _check(name: str, spec: dataclasses.Field, value: Any) -> None:
-    if not any(_fits(value, kind, arguments) for kind, arguments in _kinds(spec).items()):
-        texts = f" ({spec.metadata['help']})" if spec.metadata["parse"] else ""
-        raise ConfigError(f"{name} = {value!r}: {_type_text(spec)} is needed{texts}")
-    for one in value if isinstance(value, tuple) else (value,):
-        if isinstance(one, float) or _is_whole(one):
-            _check_range(name, spec.metadata, one)
-        elif isinstance(one, str) and any("\ud800" <= letter <= "\udfff" for letter in one):
-            raise ConfigError(f"{name} = {one!r}: text with half a character in it (a lone surrogate) cannot be used")
-
-
-def _check_range(name: str, limits: Mapping[str, Any], number: float) -> None:
-    low, high, above = limits["low"], limits["high"], limits["above"]
-    finite = isinstance(number, int) or math.isfinite(number)
-    if finite and (low is None or number >= low) and (above is None or number > above):
-        if high is None or number <= high:
-            return
-    bounds = [f">= {low}" if low is not None else "", f"> {above}" if above is not None else ""]
-    bounds.append(f"<= {high}" if high is not None else "")
-    raise ConfigError(f"{name} = {number!r}: a finite number {' and '.join(filter(None, bounds))} is needed")
 
 
 def _check_part(name: str, value: Any) -> None:

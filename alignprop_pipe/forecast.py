@@ -7,15 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.config import (
-    AlignConfig,
-    FullBackprop,
-    KeepSteps,
-    LastK,
-    RandomLastK,
-    RecomputeNone,
-    Truncation,
-)
+from alignprop_pipe.choices import FullBackprop, KeepSteps, LastK, RandomLastK, RecomputeNone, Truncation
+from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.memory import recomputed
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.rollout import autograd_on, rollout

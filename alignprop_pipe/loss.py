@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from alignprop_pipe.config import Hinge, Loss, Maximize, Target
+from alignprop_pipe.choices import Hinge, Loss, Maximize, Target
 from alignprop_pipe.records import Rewards
 
 

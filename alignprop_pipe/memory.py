@@ -1,6 +1,6 @@
 """Which graded steps are computed twice."""
 
-from alignprop_pipe.config import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
+from alignprop_pipe.choices import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
 
 
 def recomputed(rule: Checkpointing, step: int, graded: range) -> bool:

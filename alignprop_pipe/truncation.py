@@ -2,7 +2,7 @@
 
 import torch
 
-from alignprop_pipe.config import FullBackprop, LastK, RandomLastK, Truncation
+from alignprop_pipe.choices import FullBackprop, LastK, RandomLastK, Truncation
 
 
 def graded_steps(rule: Truncation, num_steps: int, generator: torch.Generator) -> range:

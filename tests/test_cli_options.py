@@ -9,10 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from alignprop_pipe.choices import LastK, RandomLastK
 from alignprop_pipe.cli.app import app
 from alignprop_pipe.cli.opening import find_device, is_model
 from alignprop_pipe.cli.options import TrainRequest, config_for, options_from
-from alignprop_pipe.config import FIELD_PATHS, AlignConfig, LastK, RandomLastK
+from alignprop_pipe.config import FIELD_PATHS, AlignConfig
 from alignprop_pipe.errors import ConfigError
 
 

@@ -10,31 +10,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignprop_pipe.choices import (
+    Checkpointing,
+    FullBackprop,
+    Hinge,
+    KeepSteps,
+    LastK,
+    Loss,
+    Maximize,
+    RandomLastK,
+    RecomputeAll,
+    RecomputeNone,
+    Target,
+    Truncation,
+    checkpointing_from_text,
+    loss_from_text,
+    truncation_from_text,
+)
 from alignprop_pipe.config import (
     FIELD_PATHS,
     PARTS,
     PRESETS,
     AlignConfig,
-    Checkpointing,
     EvaluationOptions,
-    FullBackprop,
-    Hinge,
-    KeepSteps,
-    LastK,
     LoraOptions,
-    Loss,
-    Maximize,
     OptimizerOptions,
-    RandomLastK,
-    RecomputeAll,
-    RecomputeNone,
     SamplingOptions,
-    Target,
-    Truncation,
-    checkpointing_from_text,
     leaves,
-    loss_from_text,
-    truncation_from_text,
     value_from,
 )
 from alignprop_pipe.errors import AlignError, ConfigError

@@ -15,7 +15,8 @@ from miniatures import FAMILIES, Family
 from torch import Tensor, nn
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.config import AlignConfig, LastK, LoraOptions
+from alignprop_pipe.choices import LastK
+from alignprop_pipe.config import AlignConfig, LoraOptions
 from alignprop_pipe.records import PromptBatch, Rollout
 from alignprop_pipe.rollout import rollout
 

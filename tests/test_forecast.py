@@ -8,7 +8,7 @@ import torch
 from aligning import adapter, align, aligned, pictures, same, settings, state
 
 from alignprop_pipe import lora, stock
-from alignprop_pipe.config import Truncation, truncation_from_text
+from alignprop_pipe.choices import Truncation, truncation_from_text
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.forecast import Forecast, Probe, forecast, held_at_once, most_graded_steps, scaled
 from alignprop_pipe.seeds import generator_for

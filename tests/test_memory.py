@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignprop_pipe.config import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
+from alignprop_pipe.choices import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
 from alignprop_pipe.memory import recomputed
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.config import FullBackprop, LastK, RandomLastK, truncation_from_text
+from alignprop_pipe.choices import FullBackprop, LastK, RandomLastK, truncation_from_text
 from alignprop_pipe.truncation import graded_steps, mean_graded_steps
 
 RULES = st.one_of(

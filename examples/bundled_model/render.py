@@ -46,10 +46,10 @@ BACKGROUNDS = {
 }
 ATTRIBUTES = {"subject": tuple(SUBJECTS), "count": COUNTS, "background": tuple(BACKGROUNDS)}
 TEMPLATES = (
-    "{things} on a {background} background",
-    "a picture of {things} on a {background} background",
+    "{things} on {article} {background} background",
+    "a picture of {things} on {article} {background} background",
     "{things}, {background} background",
-    "{things} in front of a {background} background",
+    "{things} in front of {article} {background} background",
 )
 
 
@@ -139,7 +139,8 @@ def caption(label: np.ndarray, rng: np.random.Generator, complete: bool = False)
     words = things(subject, count)
     if not complete and rng.random() < 0.15:
         return words
-    return str(rng.choice(TEMPLATES)).format(things=words, background=background)
+    article = "an" if background == "orange" else "a"
+    return str(rng.choice(TEMPLATES)).format(things=words, article=article, background=background)
 
 
 if __name__ == "__main__":

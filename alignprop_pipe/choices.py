@@ -1,0 +1,206 @@
+"""The choices that a setting can hold, as small frozen values: truncation, gradient checkpointing, loss.
+
+Text becomes a value once, at the edge; `str(value)` gives the text back. Standard library only.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from alignprop_pipe.errors import ConfigError
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number; Python counts True and False among them, a setting does not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_float(name: str, number: float) -> float:
+    """The number as a float. Raises ConfigError for one that is too large."""
+    try:
+        return float(number)
+    except OverflowError:
+        raise ConfigError(f"{name} is a whole number of more than 300 digits: a smaller number is needed") from None
+
+
+def _finite(name: str, value: Any) -> float:
+    if not (is_whole(value) or isinstance(value, float)) or not math.isfinite(number := as_float(name, value)):
+        raise ConfigError(f"{name}={value!r}): a finite number is needed")
+    return number
+
+
+# --- truncation: which of the last steps carry gradient ---
+
+
+@dataclass(frozen=True, slots=True)
+class FullBackprop:
+    """Every denoising step carries gradient (DRaFT, arXiv 2309.17400; collapses early, AlignProp section 4)."""
+
+    def __str__(self) -> str:
+        return "full"
+
+
+@dataclass(frozen=True, slots=True)
+class LastK:
+    """The last `k` denoising steps carry gradient (DRaFT-K)."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.k) or self.k < 1:
+            raise ConfigError(
+                f"LastK(k={self.k!r}): k must be a whole number, 1 or more; with no graded step nothing is trained"
+            )
+
+    def __str__(self) -> str:
+        return f"last:{self.k}"
+
+
+@dataclass(frozen=True, slots=True)
+class RandomLastK:
+    """The last K steps, K uniform on low..high, drawn once per trajectory (AlignProp, section 3.3).
+
+    The paper draws from 0..T; K = 0 would train nothing, so `low` starts at 1. `high=None` means T.
+    """
+
+    low: int = 1
+    high: int | None = None
+
+    def __post_init__(self) -> None:
+        whole = is_whole(self.low) and (self.high is None or is_whole(self.high))
+        if not whole or self.low < 1 or (self.high is not None and self.high < self.low):
+            raise ConfigError(
+                f"RandomLastK(low={self.low!r}, high={self.high!r}): whole numbers with 1 <= low <= high are needed; "
+                "high=None means every step"
+            )
+
+    def __str__(self) -> str:
+        if (self.low, self.high) == (1, None):
+            return "random"
+        return f"random:{self.low}-{'' if self.high is None else self.high}"
+
+
+Truncation = FullBackprop | LastK | RandomLastK
+
+
+def truncation_from_text(text: str) -> Truncation:
+    """`full`, `last:5`, `random`, `random:1-10` or `random:3-` -> the value. Raises ConfigError."""
+    name, _, rest = text.strip().lower().partition(":")
+    try:
+        if name == "full" and not rest:
+            return FullBackprop()
+        if name == "last":
+            return LastK(int(rest))
+        if name == "random":
+            low, dash, high = rest.partition("-")
+            if dash or not rest:
+                return RandomLastK(int(low or 1), int(high) if high else None)
+    except ConfigError:
+        raise
+    except ValueError:
+        pass
+    raise ConfigError(f"truncation {text!r} is not known; use one of: full, last:5, random, random:1-10")
+
+
+# --- gradient checkpointing: which graded steps are computed twice ---
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeAll:
+    """Every graded step is recomputed in the backward pass: least memory, flat in the number of steps."""
+
+    def __str__(self) -> str:
+        return "all"
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeNone:
+    """Every graded step keeps its activations: fastest, memory grows with K."""
+
+    def __str__(self) -> str:
+        return "none"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSteps:
+    """`steps` graded steps (the last ones) keep their activations, the others are recomputed."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.steps) or self.steps < 0:
+            raise ConfigError(f"KeepSteps(steps={self.steps!r}): a number of graded steps, 0 or more, is needed")
+
+    def __str__(self) -> str:
+        return str(self.steps)
+
+
+Checkpointing = RecomputeAll | RecomputeNone | KeepSteps
+
+
+def checkpointing_from_text(text: str) -> Checkpointing:
+    """`all`, `none` or a number of graded steps to keep -> the value. Raises ConfigError."""
+    text = text.strip().lower()
+    if text == "all":
+        return RecomputeAll()
+    if text == "none":
+        return RecomputeNone()
+    try:
+        return KeepSteps(int(text))
+    except ValueError:  # a ConfigError too: KeepSteps(-1)
+        raise ConfigError(
+            f"checkpointing {text!r} is not known; use one of: all, none, or a number of graded steps to keep"
+        ) from None
+
+
+# --- losses: what the optimizer makes of the rewards ---
+
+
+@dataclass(frozen=True, slots=True)
+class Maximize:
+    """loss = -mean(reward)."""
+
+    def __str__(self) -> str:
+        return "maximize"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """loss = mean(|reward - value|); the paper's aesthetic run aims at 10."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _finite("Target(value", self.value))
+
+    def __str__(self) -> str:
+        return f"target:{self.value!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hinge:
+    """loss = mean(relu(margin - reward)): pictures past the margin pull no more (ReFL uses 2)."""
+
+    margin: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "margin", _finite("Hinge(margin", self.margin))
+
+    def __str__(self) -> str:
+        return f"hinge:{self.margin!r}"
+
+
+Loss = Maximize | Target | Hinge
+
+
+def loss_from_text(text: str) -> Loss:
+    """`maximize`, `target:10` or `hinge:2` -> the value. Raises ConfigError."""
+    name, _, rest = text.strip().lower().partition(":")
+    try:
+        if name == "maximize" and not rest:
+            return Maximize()
+        if name in ("target", "hinge"):
+            return Target(float(rest)) if name == "target" else Hinge(float(rest))
+    except ValueError:  # a ConfigError too: target:nan
+        pass
+    raise ConfigError(f"loss {text!r} is not known; use one of: maximize, target:10, hinge:2")
