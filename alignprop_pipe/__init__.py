@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward as Reward
     from alignprop_pipe.rewards.registry import as_reward as as_reward
     from alignprop_pipe.rewards.registry import parse_reward as parse_reward
+    from alignprop_pipe.trackers import Trackers as Trackers
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ _HOME = {
     "evaluate": "alignprop_pipe.evidence",
     "save_adapter": "alignprop_pipe.export",
     "load_adapter": "alignprop_pipe.export",
+    "Trackers": "alignprop_pipe.trackers",
     "AlignError": "alignprop_pipe.errors",
     "errors": "alignprop_pipe",
     "rewards": "alignprop_pipe",

@@ -104,18 +104,20 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
         console.quiet_libraries(output)
         from alignprop_pipe.prompts import PromptSet
         from alignprop_pipe.rewards.registry import parse_reward
+        from alignprop_pipe.trackers import Trackers, all_of
 
         prompts, reward = PromptSet.load(source), parse_reward(expression)
     if config.evaluation.judges and not (prompts.targets or "judges" in settings or request.config):
         output.say("these prompts come without targets, which the preset's judge needs: no judge watches this run")
         config = config.replace(judges=())
+    out = request.out or default_out(expression)
+    trackers = Trackers(request.report_to or [], config, out)
     pipe = open_pipeline(request.model, request, output)
     if request.dry_run:
         return _forecast(output, pipe, config, reward)
-    out = request.out or default_out(expression)
     held_out = len(prompts.split(config.evaluation.eval_prompts, config.seed)[1])
-    with console.Progress(output, config, held_out) as progress:
-        result = pipe.align(reward, source, config, out=out, on_step=progress.on_step)
+    with console.Progress(output, config, held_out) as progress, trackers:
+        result = pipe.align(reward, source, config, out=out, on_step=all_of(progress.on_step, trackers.on_step))
     _tell(output, request, result)
     if result.interrupted:
         raise typer.Exit(console.INTERRUPTED)

@@ -89,6 +89,10 @@ class TrainRequest(Common):
     config: Annotated[
         Path | None, typer.Option(help="settings from a .toml or .json file; over the preset, under the flags")
     ] = None
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="a tracker to send every step to: tensorboard, wandb, ...; may be repeated"),
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would run, how long and in how much memory; train nothing")
     ] = False
