@@ -106,8 +106,10 @@ def _wrapped(pipe: DiffusionPipeline, clock: StepClock) -> Iterator[None]:
     with ExitStack() as stack:
         scheduler = stock.scheduler(pipe)
         stack.enter_context(_replaced(scheduler, "step", _counted(scheduler.step, clock)))
-        for denoiser in stock.denoisers(pipe).values():
-            stack.enter_context(_replaced(denoiser, "forward", _graded(denoiser, clock)))
+        denoisers = stock.denoisers(pipe)
+        for name, network in stock.called_each_step(pipe).items():
+            graded = _graded if name in denoisers else _graded_helper
+            stack.enter_context(_replaced(network, "forward", graded(network, clock)))
         decoder = stock.decoder(pipe)
         if decoder is not None:
             stack.enter_context(_replaced(decoder, "decode", _checkpointed_decode(decoder)))
@@ -153,22 +155,32 @@ def _counted(step: Forward, clock: StepClock) -> Forward:
 
 
 def _graded(denoiser: nn.Module, clock: StepClock) -> Forward:
-    forward = denoiser.forward
+    forward, helper = denoiser.forward, _graded_helper(denoiser, clock)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         clock.start()
+        output = helper(*args, **kwargs)
+        if clock.step in clock.graded and clock.config.distance_weight > 0:
+            clock.distances.append(_distance_to_base(denoiser, forward, output, args, kwargs))
+        return output
+
+    return call
+
+
+def _graded_helper(network: nn.Module, clock: StepClock) -> Forward:
+    """Without a graph before the cut. Before the first denoiser call nothing can carry gradient, so the same there."""
+    forward = network.forward
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
         if clock.step not in clock.graded:
             with torch.set_grad_enabled(False):
                 return forward(*args, **kwargs)
         if recomputed(clock.config.checkpointing, clock.step, clock.graded):
             # The reentrant kind gives no gradient to LoRA: its inputs carry none at the first graded step.
-            output = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        else:
-            output = forward(*args, **kwargs)
-        if clock.config.distance_weight > 0:
-            clock.distances.append(_distance_to_base(denoiser, forward, output, args, kwargs))
-        return output
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return forward(*args, **kwargs)
 
     return call
 

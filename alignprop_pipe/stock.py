@@ -1,6 +1,7 @@
 """What a stock diffusers pipeline is made of, found by structure: denoisers, decoder, scheduler, guards.
 
-No family is named here. A denoiser is a network of diffusers that does not decode; the decoder is the one that does.
+No family is named here. A denoiser is a network of diffusers that is told the timestep and that pipelines load LoRAs
+into; the decoder is the one that decodes.
 `frozen_for_training` puts a pipeline into the state that a rollout and its backward pass need, and gives everything
 back as it was.
 """
@@ -40,7 +41,7 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
         inner = getattr(part, "_orig_mod", part)
         is_named = name in listed or name.startswith(("unet", "transformer"))
         is_chosen = is_named or (not listed and isinstance(inner, PeftAdapterMixin))
-        if is_chosen and isinstance(inner, ModelMixin) and not hasattr(inner, "decode"):
+        if is_chosen and _is_told_the_time(inner):
             _refuse_unusable(name, part)
             found[name] = part
     if not found:
@@ -52,12 +53,15 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return found
 
 
-def _predicts_noise(part: nn.Module) -> bool:
-    """A network of diffusers that is told the timestep, and neither decodes nor is told a control picture."""
+def called_each_step(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The denoisers, and every other network that is told the timestep, such as a ControlNet."""
+    return {name: part for name, part in components(pipe).items() if _is_told_the_time(part)} | denoisers(pipe)
+
+
+def _is_told_the_time(part: Any) -> bool:
     taken = inspect.signature(type(part).forward).parameters
-    is_told_the_time = any(name in taken for name in ("t", "timestep", "timesteps"))
-    is_helper = hasattr(part, "decode") or "controlnet_cond" in taken
-    return isinstance(part, ModelMixin) and is_told_the_time and not is_helper
+    is_told = "t" in taken or any("timestep" in name for name in taken)
+    return is_told and isinstance(part, ModelMixin) and not hasattr(part, "decode")
 
 
 def _refuse_unusable(name: str, part: nn.Module) -> None:

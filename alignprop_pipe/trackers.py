@@ -22,7 +22,8 @@ class Trackers:
     """
 
     def __init__(self, names: Sequence[str], config: AlignConfig, out: str | Path) -> None:
-        self.names, self.config, self.out = list(dict.fromkeys(names)), config, Path(out)
+        self.names: list[Any] = list(dict.fromkeys(names))
+        self.config, self.out = config, Path(out)
         self._accelerator: Any = None
         if self.names:
             check_trackers(self.names)

@@ -19,6 +19,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -30,6 +31,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -216,6 +218,13 @@ def sd15(scheduler: Any = None, seed: int = 0, kind: type = StableDiffusionPipel
 
 def sd15_img2img(scheduler: Any = None, seed: int = 0) -> Any:
     return sd15(scheduler, seed, kind=StableDiffusionImg2ImgPipeline)
+
+
+def sd15_controlnet(scheduler: Any = None, seed: int = 0) -> Any:
+    """A second network is called at every step, sees the latents, and has no LoRA."""
+    control = ControlNetModel.from_unet(unet(), conditioning_embedding_out_channels=(4, 4))
+    pipe = StableDiffusionControlNetPipeline(**sd15(scheduler).components, controlnet=control)
+    return finish(pipe, seed)
 
 
 def sdxl(scheduler: Any = None, seed: int = 0) -> Any:
@@ -413,6 +422,10 @@ def _start_pictures(batch: int) -> dict[str, Any]:
     return {"image": pictures, "strength": 0.6}
 
 
+def _control_pictures(batch: int) -> dict[str, Any]:
+    return {"image": _start_pictures(batch)["image"]}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One kind of pipeline: how to make it, and what its call needs besides prompts, steps, guidance and generators."""
@@ -432,6 +445,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "sd15": Family(sd15),
     "sd15_img2img": Family(sd15_img2img, None, None, _start_pictures),
+    "sd15_controlnet": Family(sd15_controlnet, extra=_control_pictures),
     "sdxl": Family(sdxl),
     "sd3": Family(sd3, extra=lambda _: {"max_sequence_length": 16}),
     "flux": Family(flux, extra=lambda _: {"max_sequence_length": 16}),

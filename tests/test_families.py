@@ -151,3 +151,20 @@ def test_videos_keep_their_frames():
         assert result.images.shape == (2, frames, 3, FAMILIES[name].height, FAMILIES[name].width)
         assert result.images.min() >= 0
         assert result.images.max() <= 1
+
+
+def test_a_control_network_keeps_no_activations():
+    """It is no denoiser, but is called as often: run without a graph before the cut, and recomputed after it.
+
+    At the first graded step nothing that it sees carries gradient, so it need not be recomputed there.
+    """
+    pipe, _ = adapted(FAMILIES["sd15_controlnet"])
+    assert list(stock.denoisers(pipe)) == ["unet"]
+    graphs: list[bool] = []
+    handle = pipe.controlnet.conv_in.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    with by_hand.hooked(handle):
+        result = roll("sd15_controlnet", pipe, truncation="last:2")
+        before_backward = len(graphs)
+        result.images.sum().backward()
+    assert graphs[:before_backward] == [False, True, True]
+    assert len(graphs) == before_backward + 1
