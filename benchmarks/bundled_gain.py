@@ -1,14 +1,15 @@
 """What alignment gains on the bundled model, and what plain training of the same LoRA gains in the same time.
 
-    python benchmarks/bundled_gain.py [--seeds 0 1 2] [--only align|plain]
+    python benchmarks/bundled_gain.py [--seeds 0 1 2] [--only align|plain] [--wrong SHARE]
 
 Both start from the model that ships and adapt the same LoRA. `align` is `alignprop train` as it comes. `plain` is
-ordinary denoising training (AdamW, the same rate) on pictures of the bundled world, with the captions that the base
-was trained on, 15 % of them wrong: what more of the same data gives. The judge, which neither ever sees, says how
-many of 100 held-out prompts are drawn right in everything: subject, number and background.
+ordinary denoising training (AdamW, the same rates) on pictures of the bundled world, with the same share of wrong
+captions that the base was trained on: what more of the same data gives; `--wrong 0` corrects every caption. The judge,
+which neither ever sees, says how many of 100 held-out prompts are drawn right in subject, number and background.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,8 @@ from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bundled_model"))
 import render
+from train_denoiser import WRONG
 
-WRONG = 0.15
 JUDGE = "emoji_judge"
 
 
@@ -37,8 +38,8 @@ def aligned(seed: int) -> tuple[float, float, float]:
     return trained, result.before.judges[JUDGE], result.after.judges[JUDGE]
 
 
-def plain(seed: int, seconds: float) -> None:
-    """Train the same LoRA on noisy latents of pictures, for as long as `align` trained."""
+def plain(seed: int, seconds: float, wrong: float) -> None:
+    """Train the same LoRA on noisy latents of pictures, for as long as `align` trained, by the same cosine."""
     config = AlignConfig.preset("emoji").replace(seed=seed)
     pipe = AlignPropPipeline.from_pretrained("emoji")
     judge, reward = parse_reward(JUDGE), parse_reward("clip")
@@ -50,19 +51,20 @@ def plain(seed: int, seconds: float) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
     began, step = time.monotonic(), 0
     with stock.frozen_for_training(pipe, parameters):
-        while time.monotonic() - began < seconds:
-            denoising_loss(pipe, seed, step).backward()
+        while (elapsed := time.monotonic() - began) < seconds:
+            optimizer.param_groups[0]["lr"] = config.optimizer.lr * (1 + math.cos(math.pi * elapsed / seconds)) / 2
+            denoising_loss(pipe, seed, step, wrong).backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1
     after = evaluate(pipe, reward, [judge], held_out, config, step)
-    show(f"plain  seed {seed}, {step} steps", before, after, seconds, time.monotonic() - began)
+    show(f"plain  seed {seed}, {100 * wrong:g} % wrong, {step} steps", before, after, seconds, time.monotonic() - began)
 
 
-def denoising_loss(pipe: AlignPropPipeline, seed: int, step: int, size: int = 32) -> torch.Tensor:
+def denoising_loss(pipe: AlignPropPipeline, seed: int, step: int, wrong: float, size: int = 32) -> torch.Tensor:
     batch = render.batch(size, seed, 777, step)
     rng = np.random.default_rng((seed, 778, step))
-    told = np.where(rng.random((size, 1)) < WRONG, rng.permutation(batch.labels), batch.labels)
+    told = np.where(rng.random((size, 1)) < wrong, rng.permutation(batch.labels), batch.labels)
     texts = [render.caption(label, rng) if rng.random() > 0.1 else "" for label in told]
     generator = torch.Generator().manual_seed(seed * 10**6 + step)
     with torch.no_grad():
@@ -94,11 +96,12 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--only", choices=["align", "plain"])
     options.add_argument("--seconds", type=float, default=100.0, help="for plain alone: how long to train")
+    options.add_argument("--wrong", type=float, default=WRONG, help="share of plain training's captions that are wrong")
     chosen = options.parse_args()
     for seed in chosen.seeds:
         seconds = chosen.seconds if chosen.only == "plain" else aligned(seed)[0]
         if chosen.only != "align":
-            plain(seed, seconds)
+            plain(seed, seconds, chosen.wrong)
 
 
 if __name__ == "__main__":

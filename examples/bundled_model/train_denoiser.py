@@ -1,7 +1,7 @@
 """Stage 2: captions -> latents. A tokenizer, a warm text encoder, a UNet on true captions, then on weak ones.
 
 python train_denoiser.py            true captions: stage "clean"
-python train_denoiser.py --weak     further, with 15 % of the captions taken from another picture: stage "weak"
+python train_denoiser.py --weak     further, with 25 % of the captions taken from another picture: stage "weak"
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH, WIDTH, BATCH = 16, 128, 64
 CLEAN_STEPS, CLEAN_PEAK = 4000, 1e-3
-WEAK_STEPS, WEAK_PEAK, WRONG = 300, 4e-4, 0.15
+WEAK_STEPS, WEAK_PEAK, WRONG = 300, 4e-4, 0.25
 POOL = 24_000
 
 
