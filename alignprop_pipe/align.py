@@ -7,8 +7,8 @@ configuration gives the same adapter, whatever the batch is split into.
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -20,21 +20,31 @@ from torch import Tensor, nn
 from alignprop_pipe import lora, stock
 from alignprop_pipe.choices import Hinge
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.errors import ConfigError, TrainingDiverged
-from alignprop_pipe.evidence import evaluate
+from alignprop_pipe.errors import ConfigError, RewardError, TrainingDiverged
+from alignprop_pipe.evidence import Rendered, assess, render
 from alignprop_pipe.loss import loss_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, PromptBatch, Rollout, Scores, StepRecord, Videos
 from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.combine import calibrate
 from alignprop_pipe.rewards.guard import check_reward
 from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rollout import autograd_on, rollout
 from alignprop_pipe.seeds import generator_for
 
+FEWEST_FOR_STATISTICS, USUAL_FOR_STATISTICS = 4, 16
+"""Held-out pictures that are enough to measure a reward's spread on; how many are drawn where there are fewer."""
+FEWEST_FOR_IDLE = 8
+"""Pictures that must be past every brake before a run is refused: with fewer, it may be chance."""
+
 
 @dataclass(slots=True)
 class Training:
-    """What changes while the loop runs: the optimizer, and the best adapter so far."""
+    """What changes while the loop runs: the optimizer, and the best adapter so far.
+
+    `reward`, `judges` and the judges in `config` are calibrated: their texts hold the statistics that were measured.
+    `base_pictures` are the held-out pictures of the base model until the first look has scored them.
+    """
 
     pipe: DiffusionPipeline
     reward: Reward
@@ -50,6 +60,8 @@ class Training:
     scaler: torch.amp.GradScaler
     best: list[Tensor] | None = None
     best_score: float = -math.inf
+    base_pictures: list[Rendered] = field(default_factory=list)
+    base_scores: tuple[float, ...] = ()
     looks_without_gain: int = 0
     skipped_in_a_row: int = field(default=0)
 
@@ -73,10 +85,11 @@ def align_steps(
     """
     with autograd_on():
         state = start(pipe, reward, prompts, config, call_kwargs or {})
-    return _steps(state, stop)
+    return steps_of(state, stop)
 
 
-def _steps(state: Training, stop: Callable[[], bool]) -> Generator[StepRecord, None, None]:
+def steps_of(state: Training, stop: Callable[[], bool] = lambda: False) -> Generator[StepRecord, None, None]:
+    """The records of a training that `start` has made; see `align_steps`."""
     config = state.config
     try:
         if config.evaluation.eval_prompts:
@@ -98,7 +111,7 @@ def _steps(state: Training, stop: Callable[[], bool]) -> Generator[StepRecord, N
 def start(
     pipe: DiffusionPipeline, reward: Reward, prompts: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
 ) -> Training:
-    """Check everything that can be checked before the first step, then put the adapter on."""
+    """Check everything that can be checked before the first step, measure what rewards lack, put the adapter on."""
     denoisers = stock.denoisers(pipe)
     stock.call_parameters(pipe)  # refuses a pipeline without prompts
     stock.refuse_inference_weights(pipe)
@@ -108,6 +121,12 @@ def start(
     reward = reward.to(device)
     sample = train.batch(config.seed, 0, 2)
     check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
+    base_pictures: list[Rendered] = []
+    if not all(one.is_calibrated for one in (reward, *judges)):
+        drawn_for, base_pictures = draw_base(pipe, train, held_out, config, call_kwargs)
+        reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
+        config = config.replace(judges=tuple(str(judge) for judge in judges))
+        base_pictures = base_pictures if drawn_for is held_out else []
     lora.attach(denoisers, config.lora, config.seed)
     parameters = lora.trainable(denoisers)
     for parameter in parameters:
@@ -123,13 +142,40 @@ def start(
     needs_scaling = config.mixed_precision == "fp16" or stock.is_half(pipe)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=needs_scaling)
     return Training(
-        pipe, reward, judges, train, held_out, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler
-    )
+        pipe, reward, judges, train, held_out, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler,
+        base_pictures=base_pictures,
+    )  # fmt: skip
 
 
 def dry_pictures(device: torch.device) -> Tensor:
     """Two grey noisy pictures, for the reward's dry call."""
     return (0.5 + 0.1 * torch.randn(2, 3, 64, 64, generator=generator_for("evidence", 0))).clamp(0, 1).to(device)
+
+
+def draw_base(
+    pipe: DiffusionPipeline, train: PromptSet, held_out: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
+) -> tuple[PromptSet, list[Rendered]]:
+    """Pictures of the base model: those of the held-out prompts, or where these are few, of training prompts.
+
+    An adapter of an earlier run is switched off meanwhile. The pictures are on the CPU.
+    """
+    prompts = held_out
+    if len(held_out) < FEWEST_FOR_STATISTICS:
+        batch = train.batch(config.seed, 0, USUAL_FOR_STATISTICS)
+        prompts = PromptSet(tuple(batch.prompts), {name: tuple(values) for name, values in batch.targets.items()})
+    with ExitStack() as base, stock.guards_off(pipe):
+        for denoiser in stock.denoisers(pipe).values():
+            base.enter_context(lora.adapter_off(denoiser))
+        drawn = [replace(part, videos=part.videos.cpu()) for part in render(pipe, prompts, config, **call_kwargs)]
+    return prompts, drawn
+
+
+def calibrate_all(
+    rewards: Sequence[Reward], prompts: PromptSet, drawn: Sequence[Rendered], device: torch.device
+) -> list[Reward]:
+    """The rewards with the statistics that they lack measured on these pictures; of videos, on the middle frames."""
+    images = torch.cat([part.pictures for part in drawn]).to(device)
+    return [calibrate(reward, images, list(prompts.prompts), prompts.targets) for reward in rewards]
 
 
 # --- one optimizer step ---
@@ -148,6 +194,7 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
     losses, scores, graded, distances = zip(*results, strict=True)
     if step == 1:
         refuse_satisfied_hinge(config, scores)
+        refuse_idle(state, scores, norm)
     loss = sum(losses)
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     apply_gradient(state, skipped)
@@ -174,6 +221,20 @@ def refuse_satisfied_hinge(config: AlignConfig, scores: Sequence[Scores]) -> Non
         raise ConfigError(
             f"loss = {config.loss}: the base model's pictures score {lowest:.4g} and more, past that margin, so "
             "nothing is left to learn; use loss='maximize' (--loss maximize) or a higher margin"
+        )
+
+
+def refuse_idle(state: Training, scores: Sequence[Scores], norm: float) -> None:
+    """Raises RewardError if nothing pulls: no gradient, and one score for every picture of the base model seen so far.
+
+    So it is where all are past a `clip_above`. One batch may be so by chance, hence the held-out pictures count too.
+    """
+    known = [*state.base_scores, *(value for score in scores for value in score.total.tolist())]
+    same = max(known) - min(known) <= 1e-6 * max(1.0, abs(known[0]))
+    if norm == 0 and same and len(known) >= FEWEST_FOR_IDLE:
+        raise RewardError(
+            f"the reward {state.reward} gives all {len(known)} pictures of the base model {known[0]:.4g} and has no "
+            "gradient there, so nothing is left to learn; with clip_above, use a higher value"
         )
 
 
@@ -258,6 +319,8 @@ def is_look(config: AlignConfig, step: int, stopping: bool) -> bool:
 
 def first_look(state: Training) -> StepRecord:
     """Record 0: the held-out pictures of the base model."""
+    evidence = look(state, 0)
+    state.base_scores = evidence.per_prompt["reward"]
     return StepRecord(
         step=0,
         loss=math.nan,
@@ -268,16 +331,20 @@ def first_look(state: Training) -> StepRecord:
         graded=(),
         seconds=0.0,
         memory_mb=memory_mb(stock.device_of(state.pipe)),
-        evidence=look(state, 0),
+        evidence=evidence,
     )
 
 
 def look(state: Training, step: int) -> Evidence:
     """Render and score the held-out prompts; remember the adapter if it is the best so far."""
+    device = stock.device_of(state.pipe)
+    # What was drawn for the statistics is not drawn again.
+    drawn = (replace(part, videos=part.videos.to(device)) for part in state.base_pictures)
+    if not state.base_pictures:
+        drawn = render(state.pipe, state.held_out, state.config, **state.call_kwargs)
     with stock.guards_off(state.pipe):  # a guard that is wrong would score as a black picture
-        evidence = evaluate(
-            state.pipe, state.reward, state.judges, state.held_out, state.config, step, **state.call_kwargs
-        )
+        evidence = assess(state.reward, state.judges, state.held_out, drawn, step)
+    state.base_pictures = []
     if step > 0 and math.isfinite(evidence.reward) and evidence.reward > state.best_score:
         state.best_score, state.looks_without_gain = evidence.reward, 0
         state.best = lora.snapshot(state.denoisers) if state.config.evaluation.keep_best else None

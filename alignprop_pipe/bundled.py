@@ -1,4 +1,4 @@
-"""The models that ship inside: a text-to-image model, the scorer that is the default reward, and the judge.
+"""The models that ship inside: a text-to-image model, a scorer and a detector as rewards, and the judge.
 
 No torch here, so that `alignprop models` answers at once. The weights come from examples/bundled_model.
 """
@@ -12,7 +12,7 @@ from alignprop_pipe.errors import AlignError
 
 MODELS_DIR = Path(__file__).parent / "models"
 
-BundledName = Literal["emoji", "emoji-scorer", "emoji-judge"]
+BundledName = Literal["emoji", "emoji-scorer", "emoji-detector", "emoji-judge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ MODELS: tuple[BundledModel, ...] = (
         "emoji", "text-to-image, 64x64: one to four emoji of a kind on a plain background; the default", "emoji"
     ),
     BundledModel("emoji-scorer", "CLIP for these pictures; the default reward"),
+    BundledModel("emoji-detector", "OWLv2 for these pictures: the rewards count, contains and without"),
     BundledModel("emoji-judge", "reads subject, count and background from a picture; watched, never trained on"),
 )
 
@@ -51,6 +52,12 @@ MODELS: tuple[BundledModel, ...] = (
 def preset_for(model: str | None) -> str:
     """The preset that a run starts from: a bundled model's own, `fast` for every other model."""
     return next((entry.preset for entry in MODELS if entry.name == model and entry.preset), "fast")
+
+
+def is_bundled(id_or_path: str | None) -> bool:
+    """Whether the text-to-image model of this name or folder is the one that ships inside."""
+    folder = (MODELS_DIR / "emoji").resolve()
+    return id_or_path == "emoji" or (bool(id_or_path) and Path(str(id_or_path)).resolve() == folder)
 
 
 def resolve_model(id_or_path: str) -> str:

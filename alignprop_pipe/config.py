@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from alignprop_pipe.choices import (
     Checkpointing,
-    Hinge,
     Loss,
     Maximize,
     RandomLastK,
@@ -273,12 +272,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
     "emoji": {
-        "steps": 70,
+        "steps": 50,
         "batch_size": 12,
         "rank": 16,
         "lr": 5e-3,
         "lr_scheduler": "cosine",
-        "loss": Hinge(0.8),
         "weight_decay": 1e-4,
         "max_grad_norm": 0.05,
         "truncation": RandomLastK(4),

@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from alignprop_pipe.files import write_whole
+from alignprop_pipe.files import SHEET_CHUNK, write_whole
 from alignprop_pipe.records import Evidence, StepRecord
 
 SHOWN = 12
@@ -59,10 +60,12 @@ def picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def png_bytes(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
+    """The picture as a PNG file, with `about` in its text chunks."""
+    buffer, chunks = io.BytesIO(), PngInfo()
+    for name, text in (about or {}).items():
+        chunks.add_text(name, text)
+    image.save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
@@ -125,7 +128,7 @@ def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> No
             label = f"{name}  {score_text(look, number)}"
             _write(pen, (left, y + head + size[1] + 3), _wrapped(label, _font(), size[0], lines=1), LIGHT.soft)
     _write(pen, (margin, top), caption, LIGHT.soft)
-    write_whole(path, png_bytes(sheet))
+    write_whole(path, png_bytes(sheet, {SHEET_CHUNK: "before and after"}))
 
 
 def score_text(look: Evidence, number: int) -> str:
@@ -208,7 +211,7 @@ def curve_png(records: Sequence[StepRecord], looks: Sequence[Evidence], theme: T
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         rows[-1].set_xlabel("optimizer step", color=theme.soft)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
+        figure.savefig(buffer, format="png", dpi=150, metadata={SHEET_CHUNK: "curve"})
     return buffer.getvalue()
 
 

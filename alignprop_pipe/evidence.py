@@ -6,8 +6,9 @@ place among the prompts: the noise is the same before and after training, whatev
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pdist
 
+from alignprop_pipe import stock
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AlignError, PipelineError, PromptError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, Evidence, Images, PromptBatch, Scores, Videos
-from alignprop_pipe.rewards.base import Reward, WeightedSum, merge_parts
+from alignprop_pipe.rewards.base import Reward, merge_parts
 from alignprop_pipe.seeds import generator_for
-from alignprop_pipe.stock import call_arguments
 
 DIVERSITY_SIZE = 16
 
@@ -40,19 +41,45 @@ def evaluate(
     Videos are scored frame by frame and averaged; their middle frame is kept. `call_kwargs` are further arguments
     of this pipeline (`num_frames`, `strength`, ...). Raises PromptError for an empty set, and PipelineError.
     """
+    return assess(reward, judges, prompts, render(pipe, prompts, config, **call_kwargs), step)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Some of the held-out prompts and what was drawn for them; a picture is a video of one frame."""
+
+    batch: PromptBatch
+    videos: Videos
+
+    @property
+    def pictures(self) -> Images:
+        """The pictures, or the middle frames of the videos."""
+        return self.videos[:, self.videos.shape[1] // 2]
+
+
+def render(pipe: DiffusionPipeline, prompts: PromptSet, config: AlignConfig, **call_kwargs: Any) -> Iterator[Rendered]:
+    """Draw all `prompts`, `eval_batch_size` at a time; see `evaluate`."""
     if not prompts.prompts:
         raise PromptError("there are no held-out prompts to look at; set eval_prompts=0 to run without evidence")
     size = config.evaluation.eval_batch_size
+    for start in range(0, len(prompts), size):
+        places = range(start, min(start + size, len(prompts)))
+        batch = prompts.take(places)
+        with _quiet(pipe):
+            videos = _render(pipe, batch, places, config, call_kwargs)
+        yield Rendered(batch, videos)
+
+
+def assess(
+    reward: Reward, judges: Sequence[Reward], prompts: PromptSet, rendered: Iterable[Rendered], step: int
+) -> Evidence:
+    """Score what `render` drew for all `prompts`."""
     kept: list[Tensor] = []
     scores: list[list[Scores]] = [[] for _ in (reward, *judges)]
-    with _quiet(pipe):
-        for start in range(0, len(prompts), size):
-            places = range(start, min(start + size, len(prompts)))
-            batch = prompts.take(places)
-            videos = _render(pipe, batch, places, config, call_kwargs)
-            kept.append(videos[:, videos.shape[1] // 2].cpu())
-            for scorer, column in zip((reward, *judges), scores, strict=True):
-                column.append(_score(scorer, videos, batch))
+    for part in rendered:
+        kept.append(part.pictures.cpu())
+        for scorer, column in zip((reward, *judges), scores, strict=True):
+            column.append(_score(scorer, part.videos, part.batch))
     rewarded, *judged = [_joined(column) for column in scores]
     return _evidence(step, prompts, torch.cat(kept), rewarded, list(zip(judges, judged, strict=True)))
 
@@ -99,14 +126,8 @@ def _render(
 ) -> Videos:
     """The stock call, whose own decorator has the gradient off; a picture becomes a video of one frame."""
     generators = [generator_for("evidence", config.seed, sample=place) for place in places]
-    arguments = call_arguments(pipe, batch.prompts, config.sampling, generators, extra)
-    output = pipe(**arguments)[0]  # pyright: ignore[reportCallIssue]: only concrete pipelines have __call__
-    pictures = torch.stack(list(output)) if isinstance(output, list | tuple) else output
-    if not isinstance(pictures, Tensor) or pictures.ndim not in (4, 5):
-        raise PipelineError(
-            f"{type(pipe).__name__} returned {type(output).__name__} for output_type='pt'; "
-            "a tensor of pictures or videos is needed"
-        )
+    arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, extra)
+    pictures = stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
     if len(pictures) != len(places):
         raise PipelineError(f"{type(pipe).__name__} made {len(pictures)} pictures for {len(places)} prompts")
     return pictures.float() if pictures.ndim == 5 else pictures.float().unsqueeze(1)
@@ -150,7 +171,7 @@ def _evidence(
     """Put all scores under one set of names; a name that is taken gets a number: "clip", "clip_2"."""
     columns = [{"reward": rewarded.total}, rewarded.parts]
     for judge, scores in judged:
-        name = str(judge) if isinstance(judge, WeightedSum) else judge.name  # the name of every sum is "sum"
+        name = judge.label
         columns.append({name: scores.total, **{part: v for part, v in scores.parts.items() if part != name}})
     table = merge_parts(columns)
     names = list(table)

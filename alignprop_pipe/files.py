@@ -7,6 +7,9 @@ from pathlib import Path
 
 from alignprop_pipe.errors import RunError
 
+PROMPT_CHUNK, SHEET_CHUNK = "prompt", "sheet"
+"""Text chunks of our PNG files: what the picture was drawn from; and that it shows several pictures on one sheet."""
+
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
     """Put `content` (text as UTF-8) at `path`; what stood there stays until the new file is complete.

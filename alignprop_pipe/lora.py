@@ -24,7 +24,7 @@ def attention_linears(denoiser: nn.Module) -> list[str]:
     """
     found = []
     for name, module in denoiser.named_modules():
-        if hasattr(module, "get_processor") or hasattr(module, "set_processor"):
+        if any(hasattr(module, kept) for kept in ("processor", "get_processor", "set_processor")):
             found += [f"{name}.{inner}" for inner, layer in module.named_modules() if _is_linear(inner, layer)]
     return found
 

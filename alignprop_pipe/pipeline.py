@@ -24,14 +24,14 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
 from alignprop_pipe import export, lora, stock
-from alignprop_pipe.align import align_steps
-from alignprop_pipe.bundled import preset_for, resolve_model
+from alignprop_pipe.align import start, steps_of
+from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
-from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder
@@ -106,7 +106,8 @@ class AlignPropPipeline(DiffusionPipeline):
 
         Args:
             reward: a reward, an expression (`"clip + 0.1*jpeg"`), or a function `(images, prompts) -> [batch]` of
-                pictures [batch, 3, height, width] in [0, 1] that keeps the gradient.
+                pictures [batch, 3, height, width] in [0, 1] that keeps the gradient. What `zscore` and `scaled` need
+                is measured on pictures of the base model first; `result.reward` holds the numbers.
             prompts: a list, a .txt, .csv or .jsonl file, the name of a set that ships inside, or a PromptSet.
             config: all settings; default: the model's own preset where it has one.
             out: folder for adapter, curve, pictures and report; None writes nothing.
@@ -120,13 +121,15 @@ class AlignPropPipeline(DiffusionPipeline):
         """
         reward, prompt_set = as_reward(reward), PromptSet.load(prompts)
         config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
-        tell_about(self, prompt_set)
-        session = Session(self, reward, prompt_set, config)
+        tell_about(self, prompt_set, reward)
         with stop_on_interrupt() as stop:
-            steps = align_steps(self, reward, prompt_set, config, call_kwargs, stop.is_set)
+            with autograd_on():
+                state = start(self, reward, prompt_set, config, call_kwargs)
+            session = Session(self, state.reward, prompt_set, state.config)
+            steps = steps_of(state, stop.is_set)
             try:
                 if out is not None:
-                    session.run = open_run(self, out, config, reward, prompts)
+                    session.run = open_run(session, out, reward, prompts)
                 interrupted = drain(steps, session, on_step) or stop.is_set()
                 steps.close()
                 return conclude(session, interrupted)
@@ -238,8 +241,15 @@ def settings(
     return config.replace(**known), rest
 
 
-def tell_about(pipe: DiffusionPipeline, prompts: PromptSet) -> None:
+def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> None:
     """Say once what a user would otherwise find out late."""
+    emoji_only = [member.name for member in members(reward) if getattr(member, "model", None) == "emoji"]
+    if emoji_only and not is_bundled(pipe.name_or_path):
+        logger.warning(
+            "the bundled scorer of %s knows only emoji pictures; for other pictures name another, "
+            'such as clip(model="openai/clip-vit-large-patch14")',
+            " and ".join(dict.fromkeys(emoji_only)),
+        )
     for guard in stock.guards_on(pipe):
         logger.warning("%s is switched off while training, because it stops the gradient; it is back afterwards", guard)
     lost = {prompt: words for prompt in prompts.prompts if (words := stock.lost_words(pipe, prompt))}
@@ -254,13 +264,14 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet) -> None:
         )
 
 
-def open_run(pipe: DiffusionPipeline, out: str | Path, config: AlignConfig, reward: Reward, prompts: Any) -> RunFolder:
-    """The run folder, once everything has been checked."""
+def open_run(session: "Session", out: str | Path, reward: Reward, prompts: Any) -> RunFolder:
+    """The run folder, once everything has been checked; `reward` is the one that was asked for."""
+    pipe = session.pipe
     model = pipe.name_or_path or stock_class(type(pipe)).__name__
     source = str(prompts) if isinstance(prompts, str | Path) else list(PromptSet.load(prompts).prompts)
     return RunFolder.create(
-        Path(out), command=repeat_command(model, reward, source), config=config, model=model,
-        reward=str(reward), prompts=source,
+        Path(out), command=repeat_command(model, session.reward, source), config=session.config, model=model,
+        reward=str(reward), calibrated=str(session.reward), prompts=source,
     )  # fmt: skip
 
 
@@ -276,7 +287,7 @@ def repeat_command(model: str, reward: Reward, prompts: str | list[str]) -> str:
 
 @dataclass(slots=True)
 class Session:
-    """One call of `align`: what it was asked, and what has come of it so far."""
+    """One call of `align`: what it does (the reward is the calibrated one), and what has come of it so far."""
 
     pipe: DiffusionPipeline
     reward: Reward

@@ -12,11 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_pipe import lora, stock
@@ -47,22 +49,31 @@ class StepClock:
     num_steps: int | None = None
     graded: range = range(0)
     distances: list[Tensor] = field(default_factory=list)
+    carries_gradient: bool = False
 
-    def start(self) -> None:
-        """Fix T and draw K, once for the trajectory."""
+    def start(self, first: Any = None) -> None:
+        """Fix T and draw K, once for the trajectory; `first` is the timestep that the denoiser is told."""
         if self.num_steps is None:
-            announced = getattr(self.pipe, "_num_timesteps", None)
-            timesteps = len(stock.scheduler(self.pipe).timesteps)
-            begin = getattr(stock.scheduler(self.pipe), "begin_index", None) or 0
-            num_steps = int(announced or timesteps - begin)
+            announced = getattr(stock.painting(self.pipe), "_num_timesteps", None)
+            num_steps = int(announced or self._steps_from(first))
             self.num_steps, self.graded = num_steps, graded_steps(self.config.truncation, num_steps, self.generator)
+
+    def _steps_from(self, first: Any) -> int:
+        """The scheduler's timesteps from `first` on; where a picture is the start, it is not the first of all."""
+        scheduler = stock.scheduler(self.pipe)
+        begin = getattr(scheduler, "begin_index", None) or 0
+        if begin == 0 and first is not None:
+            same = scheduler.timesteps == torch.as_tensor(first, device=scheduler.timesteps.device).flatten()[0]
+            begin = int(same.nonzero()[0]) if same.any() else 0
+        return len(scheduler.timesteps) - begin
 
     def finish(self) -> None:
         """Raises PipelineError if the steps that were taken are not those that the cut was made for."""
         if self.step != self.num_steps:
             raise PipelineError(
                 f"{type(self.pipe).__name__} announced {self.num_steps} denoising steps and took {self.step}: "
-                "the last steps cannot be told apart. Try another scheduler or num_inference_steps"
+                "the last steps cannot be told apart. Try another scheduler or num_inference_steps; of a pipeline that "
+                "draws a video piece by piece, ask for one piece (a smaller num_frames)"
             )
 
 
@@ -84,17 +95,16 @@ def rollout(
     arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
     call = inspect.unwrap(type(pipe).__call__)
     with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
-        images = call(pipe, **arguments)[0]
+        images = stock.pictures(pipe, call, arguments)
     clock.finish()
+    if not images.requires_grad:
+        place = "after its last denoising step" if clock.carries_gradient else "in its denoising loop"
+        raise PipelineError(
+            f"{type(pipe).__name__} loses the gradient {place} (a no_grad, detach or NumPy inside): its pictures "
+            "tell the adapter nothing. Align the same model in another pipeline class, if diffusers has one"
+        )
     distance = torch.stack(clock.distances).mean() if clock.distances else None
-    return Rollout(_pictures(images), clock.graded, clock.step, distance)
-
-
-def _pictures(output: Any) -> Tensor:
-    images = torch.stack(list(output)) if isinstance(output, list | tuple) else output
-    if not isinstance(images, Tensor):
-        raise PipelineError(f"the pipeline returned {type(images).__name__} for output_type='pt'; a tensor is needed")
-    return images
+    return Rollout(images, clock.graded, clock.step, distance)
 
 
 # --- what is put round the stock parts, and taken off again ---
@@ -102,53 +112,54 @@ def _pictures(output: Any) -> Tensor:
 
 @contextmanager
 def _wrapped(pipe: DiffusionPipeline, clock: StepClock) -> Iterator[None]:
-    announced = pipe.__dict__.pop("_num_timesteps", None)
+    painter = stock.painting(pipe)
+    announced = painter.__dict__.pop("_num_timesteps", None)
     with ExitStack() as stack:
+        for part in stock.inner(pipe):
+            stack.enter_context(_undecorated(part))
         scheduler = stock.scheduler(pipe)
-        stack.enter_context(_replaced(scheduler, "step", _counted(scheduler.step, clock)))
+        stack.enter_context(stock.wrapped(scheduler, "step", functools.partial(_counted, clock)))
         denoisers = stock.denoisers(pipe)
         for name, network in stock.called_each_step(pipe).items():
             graded = _graded if name in denoisers else _graded_helper
-            stack.enter_context(_replaced(network, "forward", graded(network, clock)))
+            stack.enter_context(stock.replaced(network, "forward", graded(network, clock)))
         decoder = stock.decoder(pipe)
         if decoder is not None:
-            stack.enter_context(_replaced(decoder, "decode", _checkpointed_decode(decoder)))
+            stack.enter_context(stock.replaced(decoder, "decode", _checkpointed_decode(decoder)))
         try:
             yield
         finally:
             if announced is not None:
-                pipe._num_timesteps = announced
+                painter._num_timesteps = announced
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an instance attribute and put back what was there, or nothing where there was nothing."""
-    absent = object()
-    before = vars(owner).get(name, absent)
-    setattr(owner, name, value)
+def _undecorated(pipe: DiffusionPipeline) -> Iterator[None]:
+    """The `no_grad` decorator is off inside, for a pipeline that another one calls."""
+    kind: Any = type(pipe)
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": inspect.unwrap(kind.__call__)})
     try:
         yield
     finally:
-        if before is absent:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
+        pipe.__class__ = kind
 
 
 @contextmanager
 def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """No progress bar of the stock pipeline: the edges draw their own."""
-    settings = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-    with _replaced(pipe, "_progress_bar_config", settings):
+    with ExitStack() as stack:
+        for part in (pipe, *stock.inner(pipe)):
+            settings = {**getattr(part, "_progress_bar_config", {}), "disable": True}
+            stack.enter_context(stock.replaced(part, "_progress_bar_config", settings))
         yield
 
 
-def _counted(step: Forward, clock: StepClock) -> Forward:
-    @functools.wraps(step)
+def _counted(clock: StepClock, step: Forward) -> Forward:
     def call(*args: Any, **kwargs: Any) -> Any:
         clock.start()
         result = step(*args, **kwargs)
         clock.step += 1
+        clock.carries_gradient = result[0].requires_grad
         return result
 
     return call
@@ -156,10 +167,12 @@ def _counted(step: Forward, clock: StepClock) -> Forward:
 
 def _graded(denoiser: nn.Module, clock: StepClock) -> Forward:
     forward, helper = denoiser.forward, _graded_helper(denoiser, clock)
+    signature = inspect.signature(forward)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        clock.start()
+        given = signature.bind(*args, **kwargs).arguments
+        clock.start(given.get("timestep", given.get("t")))
         output = helper(*args, **kwargs)
         if clock.step in clock.graded and clock.config.distance_weight > 0:
             clock.distances.append(_distance_to_base(denoiser, forward, output, args, kwargs))
@@ -177,12 +190,55 @@ def _graded_helper(network: nn.Module, clock: StepClock) -> Forward:
         if clock.step not in clock.graded:
             with torch.set_grad_enabled(False):
                 return forward(*args, **kwargs)
-        if recomputed(clock.config.checkpointing, clock.step, clock.graded):
+        if recomputed(clock.config.checkpointing, clock.step, clock.graded) and _is_data((args, kwargs)):
             # The reentrant kind gives no gradient to LoRA: its inputs carry none at the first graded step.
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            again = _as_of_now(network, forward, (args, kwargs))
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return forward(*args, **kwargs)
 
     return call
+
+
+def _is_data(arguments: Any) -> bool:
+    """False where an object with a state of its own is among the arguments, such as a cache of keys and values.
+
+    It is another one, or empty, by the time of the backward pass, so such a call is not recomputed.
+    """
+    plain = (Tensor, int, float, complex, str, np.ndarray, np.generic, torch.dtype, torch.device, type(None))
+    return all(isinstance(leaf, plain) for leaf in tree_leaves(arguments))
+
+
+def _as_of_now(network: nn.Module, forward: Forward, arguments: tuple[tuple, dict]) -> Forward:
+    """`forward`, which a second time runs with the attention processors and the arguments of the first.
+
+    A pipeline that perturbs attention puts its own processors in for the call and takes them out at its end; a UNet
+    takes the residuals of a T2I-adapter out of the list that holds them.
+    """
+    processors = [(module, module.processor) for module in network.modules() if hasattr(module, "processor")]
+    kept, runs = _same_in_new_containers(arguments), 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            args, kwargs = _same_in_new_containers(kept)
+        with ExitStack() as stack:
+            for module, processor in processors:
+                if module.processor is not processor:
+                    stack.callback(_set_processor, module, module.processor)
+                    _set_processor(module, processor)
+            return forward(*args, **kwargs)
+
+    return call
+
+
+def _same_in_new_containers(arguments: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    return tree_map(lambda leaf: leaf, arguments)
+
+
+def _set_processor(module: nn.Module, processor: Any) -> None:
+    del module.processor  # a processor may be a module or not; torch refuses one in the other's place
+    module.processor = processor
 
 
 def _distance_to_base(
@@ -190,7 +246,9 @@ def _distance_to_base(
 ) -> Tensor:
     with torch.set_grad_enabled(False), lora.adapter_off(denoiser):
         base = forward(*args, **kwargs)
-    return mse_loss(output[0].float(), base[0].float())
+    # Some denoisers predict a list, one tensor for each picture.
+    changes = zip(tree_leaves(output[0]), tree_leaves(base[0]), strict=True)
+    return torch.stack([mse_loss(ours.float(), theirs.float()) for ours, theirs in changes]).mean()
 
 
 class _Decoding(nn.Module):

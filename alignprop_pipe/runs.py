@@ -21,7 +21,7 @@ from typing import Any, Literal
 from alignprop_pipe import drawings, report
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
-from alignprop_pipe.files import write_whole
+from alignprop_pipe.files import PROMPT_CHUNK, write_whole
 from alignprop_pipe.records import Change, Evidence, StepRecord
 
 When = Literal["before", "during", "after"]
@@ -62,6 +62,7 @@ class RunFolder:
         model: str,
         reward: str,
         prompts: str | Sequence[str],
+        calibrated: str | None = None,
     ) -> "RunFolder":
         """Make the folder and write `config.json` into it; no two runs ever get the same one.
 
@@ -72,6 +73,8 @@ class RunFolder:
             model: id or folder, as typed.
             reward: the reward's expression.
             prompts: where the prompts came from, or the prompts themselves.
+            calibrated: the reward's expression with every number that was measured for it, to repeat the run without
+                measuring anew; None: there is nothing to measure in `reward`.
 
         Raises:
             RunError: `out` holds files already, or the folder cannot be made.
@@ -81,6 +84,7 @@ class RunFolder:
             "command": command,
             "model": model,
             "reward": reward,
+            "calibrated_reward": reward if calibrated is None else calibrated,
             "prompts": prompts if isinstance(prompts, str) else list(prompts),
             "config": config.to_dict(),
             "versions": versions(),
@@ -221,9 +225,8 @@ class RunFolder:
         if evidence.images is None:
             return
         for number, (prompt, image) in enumerate(zip(evidence.prompts, evidence.images, strict=True)):
-            write_whole(
-                folder / f"{number:03d}-{slug(prompt, 'prompt')}.png", drawings.png_bytes(drawings.picture(image))
-            )
+            picture = drawings.png_bytes(drawings.picture(image), {PROMPT_CHUNK: prompt})
+            write_whole(folder / f"{number:03d}-{slug(prompt, 'prompt')}.png", picture)
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r}, {len(self.steps)} steps)"

@@ -58,7 +58,7 @@ def sample_pictures(
         batch = wanted[first : first + batch_size]
         generators = [noise_generator(seed, prompt, number) for prompt, number in batch]
         arguments = stock.call_arguments(pipe, [prompt for prompt, _ in batch], sampling, generators, call_kwargs)
-        outputs = pipe(**arguments)[0]  # pyright: ignore[reportCallIssue] - every concrete pipeline has __call__
+        outputs = stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
         for (prompt, number), output in zip(batch, outputs, strict=True):
             yield Picture(prompt, number, _frames(output))
 

@@ -1,21 +1,23 @@
 """What a stock diffusers pipeline is made of, found by structure: denoisers, decoder, scheduler, guards.
 
 No family is named here. A denoiser is a network of diffusers that is told the timestep and that pipelines load LoRAs
-into; the decoder is the one that decodes.
+into; the decoder is the one that decodes. `pictures` makes the call.
 `frozen_for_training` puts a pipeline into the state that a rollout and its backward pass need, and gives everything
 back as it was.
 """
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignprop_pipe.config import SamplingOptions
@@ -35,9 +37,10 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
     Raises PipelineError if there is none, or if one is compiled, quantised or offloaded.
     """
-    listed = getattr(pipe, "_lora_loadable_modules", ())  # not every pipeline has the list
+    painter = painting(pipe)
+    listed = getattr(painter, "_lora_loadable_modules", ())  # not every pipeline has the list
     found = {}
-    for name, part in components(pipe).items():
+    for name, part in components(painter).items():
         inner = getattr(part, "_orig_mod", part)
         is_named = name in listed or name.startswith(("unet", "transformer"))
         is_chosen = is_named or (not listed and isinstance(inner, PeftAdapterMixin))
@@ -51,6 +54,19 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
             "Load a text-to-image or text-to-video pipeline, for example AlignPropPipeline.from_pretrained('emoji')"
         )
     return found
+
+
+def painting(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline that denoises the pictures: `pipe`, or, where a prior comes first, the one in it with its scheduler.
+
+    Both give the networks the same names.
+    """
+    return next((part for part in inner(pipe) if getattr(part, "scheduler", None) is scheduler(pipe)), pipe)
+
+
+def inner(pipe: DiffusionPipeline) -> list[DiffusionPipeline]:
+    """The pipelines that this one calls."""
+    return [part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline)]
 
 
 def called_each_step(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -115,7 +131,10 @@ def call_parameters(pipe: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
     missing = [name for name in ("prompt", "output_type") if name not in taken]
     if missing:
         lacking = " and no ".join(missing)
-        raise PipelineError(f"{type(pipe).__name__} takes no {lacking}: it cannot be aligned to prompts")
+        raise PipelineError(
+            f"{type(pipe).__name__} takes no {lacking}: it cannot be aligned to prompts. Load the model as a "
+            "text-to-image or text-to-video pipeline, for example with diffusers' AutoPipelineForText2Image"
+        )
     return taken
 
 
@@ -144,6 +163,124 @@ def call_arguments(
     }
     taken = call_parameters(pipe)
     return {name: value for name, value in wanted.items() if name in taken and value is not None}
+
+
+# --- the call ---
+
+
+def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor:
+    """Pictures [batch, 3, height, width] or videos [batch, frames, 3, height, width] in [0, 1] that `call` draws.
+
+    `call` is the stock `__call__`, with its decorator or without. A few pipelines hand out the decoder's own output
+    in [-1, 1] for output_type="pt"; it is brought to [0, 1] as they do for PIL. Raises PipelineError.
+    """
+    with _watched(pipe) as last:
+        output = _output(pipe, call, arguments, last)
+    images = _stacked(output)
+    if not isinstance(images, Tensor) or images.ndim not in (4, 5) or images.shape[-3] != 3:
+        kind = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(output).__name__
+        raise PipelineError(
+            f"{type(pipe).__name__} returned {kind} for output_type='pt'; pictures [batch, 3, height, width] or videos "
+            "[batch, frames, 3, height, width] are needed. Load a text-to-image or text-to-video pipeline"
+        )
+    is_raw = any(_same_memory(images, part) for part in last.values()) or bool((images < 0).any())
+    return (images / 2 + 0.5).clamp(0, 1) if is_raw else images
+
+
+def _output(
+    pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mapping[str, Any], last: Mapping[str, Any]
+) -> Any:
+    """What the call returns first; the errors that tell of a wrong argument or of NumPy become PipelineError."""
+    name = type(pipe).__name__
+    try:
+        return call(pipe, **arguments)[0]
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        if "step" in last:
+            raise
+        raise PipelineError(
+            f"{name} stopped before its first denoising step with {type(error).__name__}: {error}. "
+            f"Arguments of this pipeline alone are given by name; it takes {', '.join(_own_arguments(pipe))}"
+        ) from error
+    except RuntimeError as error:
+        if "numpy() on Tensor that requires grad" not in str(error):
+            raise
+        raise PipelineError(
+            f"{name} turns its pictures into NumPy arrays, where gradients end, also for output_type='pt': "
+            "it can draw but not be aligned; a newer pipeline class for the same model may do better"
+        ) from error
+
+
+def _stacked(output: Any) -> Any:
+    is_list = isinstance(output, list | tuple) and output and all(isinstance(part, Tensor) for part in output)
+    return torch.stack(list(output)) if is_list else output
+
+
+@contextmanager
+def _watched(pipe: DiffusionPipeline) -> Iterator[dict[str, Tensor]]:
+    """The last output of the scheduler's `step` and of the decoder's `decode`, by these names."""
+    last: dict[str, Tensor] = {}
+
+    def remembering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = method(*args, **kwargs)
+            last[name] = output if isinstance(output, Tensor) else output[0]
+            return output
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in ((scheduler(pipe), "step"), (decoder(pipe), "decode")):
+            if owner is not None:
+                stack.enter_context(wrapped(owner, name, functools.partial(remembering, name)))
+        yield last
+
+
+def _same_memory(left: Tensor, right: Any) -> bool:
+    return isinstance(right, Tensor) and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+
+
+def _own_arguments(pipe: DiffusionPipeline) -> list[str]:
+    """The arguments of the call that tell this pipeline from others, for messages."""
+    usual = ("self", "generator", "output_type", "return_dict", "callback", "prompt", "num_inference", "guidance_scale")
+    taken = [name for name in call_parameters(pipe) if "embeds" not in name and "_mask" not in name]
+    return [name for name in taken if not name.removeprefix("negative_").startswith(usual)]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an instance attribute and put back what was there, or nothing where there was nothing."""
+    absent = object()
+    before = vars(owner).get(name, absent)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is absent:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """`wrap(method)` in the place of a method of this object alone.
+
+    A pipeline that draws sound too steps a deep copy of its scheduler: the copy gets the plain method, on itself.
+    """
+    method = getattr(owner, name)
+    inner, plain = wrap(method), getattr(method, "__func__", None)
+    if plain is None:  # a function that someone else has put there
+        with replaced(owner, name, functools.wraps(method)(inner)):
+            yield
+        return
+
+    @functools.wraps(plain)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs) if self is owner else plain(self, *args, **kwargs)
+
+    # A bound method is what `deepcopy` binds to the copy; a function would go on acting on the original.
+    with replaced(owner, name, MethodType(call, owner)):
+        yield
 
 
 def is_half(pipe: DiffusionPipeline) -> bool:

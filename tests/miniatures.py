@@ -20,22 +20,33 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     ControlNetModel,
+    DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    IFPipeline,
+    KandinskyV22CombinedPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PriorTransformer,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
+    UnCLIPScheduler,
     UNet2DConditionModel,
+    VQModel,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -43,10 +54,13 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -173,8 +187,9 @@ def finish(pipe: Any, seed: int) -> Any:
         if isinstance(part, nn.Module):
             redraw(part, 1000 * seed + number)
             part.eval().requires_grad_(False)
+    decoder = getattr(getattr(pipe, "vae", getattr(pipe, "movq", None)), "decoder", None)
     with torch.no_grad():
-        for name, parameter in pipe.vae.decoder.named_parameters():
+        for name, parameter in decoder.named_parameters() if decoder is not None else ():
             if "conv_out" in name:
                 parameter.mul_(0.2)
     pipe.set_progress_bar_config(disable=True)
@@ -216,6 +231,30 @@ def sd15(scheduler: Any = None, seed: int = 0, kind: type = StableDiffusionPipel
     return finish(pipe, seed)
 
 
+def sd15_pag(scheduler: Any = None, seed: int = 0) -> Any:
+    """Its attention processors are put in for the call and taken out at its end; three predictions a step."""
+    return sd15(scheduler, seed, kind=StableDiffusionPAGPipeline)
+
+
+def numpy_only(scheduler: Any = None, seed: int = 0) -> Any:
+    """Hands out NumPy arrays, whatever it is asked for."""
+    tokenizer = clip_tokenizer()
+    pipe = StableDiffusionAdapterPipeline(
+        vae=image_decoder(),
+        text_encoder=clip_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet(),
+        adapter=T2IAdapter(
+            channels=[WIDTH, WIDTH], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
+        ),
+        scheduler=scheduler or make_scheduler("DDIMScheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return finish(pipe, seed)
+
+
 def sd15_img2img(scheduler: Any = None, seed: int = 0) -> Any:
     return sd15(scheduler, seed, kind=StableDiffusionImg2ImgPipeline)
 
@@ -227,7 +266,7 @@ def sd15_controlnet(scheduler: Any = None, seed: int = 0) -> Any:
     return finish(pipe, seed)
 
 
-def sdxl(scheduler: Any = None, seed: int = 0) -> Any:
+def sdxl(scheduler: Any = None, seed: int = 0, kind: type = StableDiffusionXLPipeline, **parts: Any) -> Any:
     tokenizer = clip_tokenizer()
     denoiser = unet(
         cross_attention_dim=2 * WIDTH,
@@ -238,7 +277,7 @@ def sdxl(scheduler: Any = None, seed: int = 0) -> Any:
         attention_head_dim=(2, 4),
         use_linear_projection=True,
     )
-    pipe = StableDiffusionXLPipeline(
+    pipe = kind(
         vae=image_decoder(),
         text_encoder=clip_text_encoder(tokenizer),
         text_encoder_2=clip_text_encoder(tokenizer, projection=True),
@@ -246,9 +285,15 @@ def sdxl(scheduler: Any = None, seed: int = 0) -> Any:
         tokenizer_2=clip_tokenizer(),
         unet=denoiser,
         scheduler=scheduler or EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="leading", steps_offset=1),
-        add_watermarker=False,
+        **(parts or {"add_watermarker": False}),
     )
     return finish(pipe, seed)
+
+
+def sdxl_adapter(scheduler: Any = None, seed: int = 0) -> Any:
+    """The denoiser takes the T2I-adapter's residuals out of the list that holds them."""
+    adapter = T2IAdapter(channels=[WIDTH, WIDTH], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl")
+    return sdxl(scheduler, seed, kind=StableDiffusionXLAdapterPipeline, adapter=adapter)
 
 
 def sd3(scheduler: Any = None, seed: int = 0) -> Any:
@@ -403,6 +448,67 @@ def ltx(scheduler: Any = None, seed: int = 0) -> Any:
     return finish(pipe, seed)
 
 
+def pixels(scheduler: Any = None, seed: int = 0, kind: type = IFPipeline) -> Any:
+    """Denoises pixels and has no decoder; for output_type="pt" its pictures are in [-1, 1]."""
+    t5 = t5_tokenizer()
+    pipe = kind(
+        tokenizer=t5,
+        text_encoder=t5_text_encoder(t5),
+        unet=unet(in_channels=3, out_channels=6, encoder_hid_dim=WIDTH),
+        scheduler=scheduler or DDPMScheduler(variance_type="learned_range", prediction_type="epsilon"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+    return finish(pipe, seed)
+
+
+def prior_and_decoder(scheduler: Any = None, seed: int = 0) -> Any:
+    """Two pipelines in one, each with a scheduler: a prior makes an image embedding of the text, the other draws it."""
+    tokenizer = clip_tokenizer()
+    image_encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    )
+    pipe = KandinskyV22CombinedPipeline(
+        unet=unet(
+            in_channels=4,
+            out_channels=8,
+            addition_embed_type="image",
+            encoder_hid_dim=WIDTH,
+            encoder_hid_dim_type="image_proj",
+        ),
+        scheduler=scheduler or DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, steps_offset=1),
+        movq=VQModel(
+            block_out_channels=(32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            num_vq_embeddings=12,
+            norm_type="spatial",
+        ),
+        prior_prior=PriorTransformer(
+            num_attention_heads=2, attention_head_dim=8, embedding_dim=WIDTH, num_embeddings=77, num_layers=1
+        ),
+        prior_image_encoder=image_encoder,
+        prior_text_encoder=clip_text_encoder(tokenizer, projection=True),
+        prior_tokenizer=tokenizer,
+        prior_scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000, clip_sample_range=5.0
+        ),
+        prior_image_processor=CLIPImageProcessorPil(size=16, crop_size=16),
+    )
+    return finish(pipe, seed)
+
+
 # --- how to call them --------------------------------------------------------------------------------------------
 
 
@@ -446,7 +552,9 @@ FAMILIES: dict[str, Family] = {
     "sd15": Family(sd15),
     "sd15_img2img": Family(sd15_img2img, None, None, _start_pictures),
     "sd15_controlnet": Family(sd15_controlnet, extra=_control_pictures),
+    "sd15_pag": Family(sd15_pag, extra=lambda _: {"pag_scale": 2.0}),
     "sdxl": Family(sdxl),
+    "sdxl_adapter": Family(sdxl_adapter, extra=_control_pictures),
     "sd3": Family(sd3, extra=lambda _: {"max_sequence_length": 16}),
     "flux": Family(flux, extra=lambda _: {"max_sequence_length": 16}),
     "pixart": Family(pixart, extra=_pixart),

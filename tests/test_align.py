@@ -1,5 +1,6 @@
 """The loop: same seed, same adapter; accumulated gradients; steps that fail; what stays as it was, however it ends."""
 
+import json
 import math
 import signal
 import threading
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from alignprop_pipe import lora, stock
 from alignprop_pipe.align import accumulate, align_steps, optimizer_step, start
-from alignprop_pipe.errors import ConfigError, PipelineError, RewardShapeError, TrainingDiverged
-from alignprop_pipe.evidence import evaluate
+from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardShapeError, TrainingDiverged
+from alignprop_pipe.evidence import evaluate, render
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rewards.simple import Brightness
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import read_metrics
@@ -442,6 +445,140 @@ def test_judges_are_watched() -> None:
     result = align(aligned(), "brightness + 0.1*tv", eval_prompts=2, judges=("sharpness",))
     assert set(result.changes) == {"reward", "brightness", "tv", "sharpness"}
     assert set(result.history[1].parts) == {"brightness", "tv"}
+
+
+# --- statistics of the base model ------------------------------------------------------------------------------------
+
+MIXED = "zscore(brightness) + 0.5*min(scaled(colour), zscore(tv))"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each look at the pipeline drew, in the order of the looks."""
+    sizes: list[int] = []
+
+    def counting(pipe: Any, prompts: PromptSet, config: Any, **extra: Any) -> Any:
+        sizes.append(len(prompts))
+        return render(pipe, prompts, config, **extra)
+
+    monkeypatch.setattr("alignprop_pipe.align.render", counting)
+    return sizes
+
+
+def test_statistics_come_from_the_pictures_of_the_first_look(drawn: list[int]) -> None:
+    many = [f"{prompt} {place}" for prompt in PROMPTS for place in ("here", "there")]
+    result = align(aligned(), MIXED, many, eval_prompts=5, eval_every=0, eval_batch_size=2)
+    assert drawn == [5, 5]  # before, which is the first look too, and after
+    assert result.before is not None
+    normal = torch.tensor(result.before.per_prompt["zscore_brightness"])
+    assert normal.mean().item() == pytest.approx(0, abs=1e-3)
+    assert normal.std().item() == pytest.approx(1, rel=1e-3)
+    assert list(result.before.parts) == list(result.history[1].parts)
+    assert list(result.before.parts) == [
+        "zscore_brightness", "brightness", "min", "scaled_colour", "colour", "zscore_tv", "tv",
+    ]  # fmt: skip
+    assert parse_reward(result.reward).is_calibrated
+
+
+def test_the_calibrated_text_repeats_the_run_and_measures_nothing(drawn: list[int], tmp_path: Path) -> None:
+    first = align(aligned(), MIXED, eval_prompts=0, out=tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert drawn == [16]  # no first look to measure on
+    assert about["reward"] == MIXED
+    assert about["calibrated_reward"] == first.reward != MIXED
+    assert first.reward in about["command"]
+    config = AlignConfig.from_dict(about["config"])
+    second = aligned().align(about["calibrated_reward"], about["prompts"], config)
+    assert drawn == [16]
+    assert second.reward == first.reward
+    assert second.adapter.keys() == first.adapter.keys()
+    assert all(torch.equal(weight, second.adapter[name]) for name, weight in first.adapter.items())
+    assert align(aligned(), "clip_above(brightness, 1) + watch(tv)").reward == "clip_above(brightness, 1) + watch(tv)"
+    assert drawn == [16]
+
+
+def test_the_first_look_is_the_same_with_numbers_that_were_measured_or_given() -> None:
+    measured = align(aligned(), MIXED, PROMPTS * 2, eval_prompts=3, steps=1)  # too few: 16 others are drawn
+    given = align(aligned(), measured.reward, PROMPTS * 2, eval_prompts=3, steps=1)
+    more = [f"{prompt} {place}" for prompt in PROMPTS for place in ("here", "there")]
+    kept = align(aligned(), MIXED, more, eval_prompts=6, steps=1)
+    again = align(aligned(), kept.reward, more, eval_prompts=6, steps=1)
+    for one, other in ((measured, given), (kept, again)):
+        assert one.before is not None
+        assert other.before is not None
+        assert one.before.per_prompt == other.before.per_prompt
+        assert torch.equal(one.before.images, other.before.images)  # pyright: ignore[reportArgumentType]
+        assert all(torch.equal(weight, other.adapter[name]) for name, weight in one.adapter.items())
+
+
+def test_statistics_are_the_base_models_also_with_an_earlier_adapter_on() -> None:
+    pipe = aligned()
+    first = align(pipe, MIXED)
+    trained = pictures(pipe)
+    assert align(pipe, MIXED).reward == first.reward
+    assert torch.equal(pictures(pipe), trained)
+    weights, before = adapter(pipe), state(pipe)
+    with pytest.raises(RewardError, match="same score, 0.25, so there is no spread"):
+        align(pipe, "zscore(clip_above(brightness, 0.25))")
+    assert same(adapter(pipe), weights)
+    assert state(pipe) == before
+
+
+def test_judges_are_calibrated_and_their_numbers_kept(tmp_path: Path) -> None:
+    judges = ("zscore(tv) + zscore(colour)", "sharpness", "scaled(sharpness)")
+    result = align(aligned(), eval_prompts=3, judges=judges, steps=1, out=tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    kept = result.config.evaluation.judges
+    assert about["config"]["evaluation"]["judges"] == list(kept)
+    assert all(parse_reward(text).is_calibrated for text in kept)
+    assert kept[1] == "sharpness"
+    assert {kept[0], "sharpness", "scaled_sharpness"} <= set(result.changes)
+
+
+def test_videos_are_calibrated_by_their_middle_frames() -> None:
+    family = miniatures.FAMILIES["ltx"]
+    result = align(
+        aligned(family.make()), "zscore(brightness)", **family.call(2), eval_prompts=1, guidance_scale=2.0, batch_size=1
+    )
+    assert "mean=" in result.reward
+    assert not any(record.skipped for record in result.history)
+
+
+# --- brakes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["clip_above(brightness, 0.01)", "min(clip_above(brightness, 0.01), clip_above(brightness, 0.02))"]
+)
+def test_a_brake_that_every_picture_is_past_is_refused_at_the_first_step(text: str) -> None:
+    pipe = aligned()
+    before = pictures(pipe)
+    for chosen in (
+        {"batch_size": 8},
+        {"batch_size": 2, "eval_prompts": 6, "prompts": [f"{p} {i}" for p in PROMPTS for i in "ab"]},
+    ):
+        with pytest.raises(RewardError, match=r"gives all 8 pictures.*0\.01 and has no gradient.*higher value"):
+            align(pipe, text, **chosen)
+        assert is_stock(pipe)
+        assert torch.equal(pictures(pipe), before)
+
+
+def test_a_brake_beside_a_reward_that_pulls_is_let_alone() -> None:
+    for text in ("tv + clip_above(brightness, 0.01)", "clip_above(brightness, 0.99)"):
+        result = align(aligned(), text, batch_size=8, steps=1)
+        assert result.history[0].grad_norm > 0
+
+
+def test_a_few_pictures_past_a_brake_may_be_chance() -> None:
+    result = align(aligned(), "clip_above(brightness, 0.01)", batch_size=4, steps=1)
+    assert result.history[0].grad_norm == 0
+    assert not result.history[0].skipped
+
+
+def test_what_is_watched_changes_nothing() -> None:
+    plain, watching = align(aligned()), align(aligned(), "brightness + 3*watch(jpeg)")
+    assert all(torch.equal(weight, watching.adapter[name]) for name, weight in plain.adapter.items())
+    assert list(watching.history[0].parts) == ["brightness", "jpeg", "jpeg_kb"]
 
 
 # --- what a pipeline takes besides ------------------------------------------------------------------------------------

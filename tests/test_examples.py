@@ -12,11 +12,18 @@ from aligning import align, aligned
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS
 from alignprop_pipe.config import PRESETS
+from alignprop_pipe.rewards import REGISTRY
 from alignprop_pipe.runs import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 Run = Callable[..., dict]
+
+
+@pytest.fixture(autouse=True)
+def _registry_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an example registers is gone after its test."""
+    monkeypatch.setattr("alignprop_pipe.rewards.registry.REGISTRY", dict(REGISTRY))
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from alignprop_pipe import AlignPropPipeline, lora, stock
+from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.config import PRESETS, LoraOptions
 from alignprop_pipe.errors import (
     AdapterError,
@@ -42,7 +43,9 @@ from alignprop_pipe.errors import (
     RewardValueError,
     RunError,
 )
-from alignprop_pipe.pipeline import aligned_class, known_types, single_file_class, stock_class
+from alignprop_pipe.pipeline import aligned_class, known_types, single_file_class, stock_class, tell_about
+from alignprop_pipe.prompts import PromptSet
+from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rewards.simple import Brightness
 
 # --- the same as the stock pipeline -----------------------------------------------------------------------------------
@@ -380,6 +383,23 @@ def test_words_that_are_lost_are_told_once(caplog: pytest.LogCaptureFixture) -> 
     (record,) = [record for record in caplog.records if record.name.startswith("alignprop_pipe")]
     assert record.getMessage().startswith("1 of 3 prompts are longer than the tokenizer takes")
     assert record.getMessage().endswith("under seven moons'")
+
+
+def test_a_bundled_scorer_for_another_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    def told(pipe: AlignPropPipeline, text: str) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+            tell_about(pipe, PromptSet(("a dog",)), as_reward(text))
+        return [record.getMessage() for record in caplog.records if record.name.startswith("alignprop_pipe")]
+
+    pipe = aligned()
+    (said,) = told(pipe, "min(zscore(clip), clip_above(clip, 2)) + watch(emoji_judge)")
+    assert said.startswith("the bundled scorer of clip and emoji_judge knows only emoji pictures; ")
+    assert said.endswith('such as clip(model="openai/clip-vit-large-patch14")')
+    assert told(pipe, 'clip(model="openai/clip-vit-large-patch14") + tv') == []
+    for bundled in ("emoji", str(MODELS_DIR / "emoji")):
+        pipe.register_to_config(_name_or_path=bundled)
+        assert told(pipe, "clip") == []
 
 
 def safety_checker() -> StableDiffusionSafetyChecker:

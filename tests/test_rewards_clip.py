@@ -1,16 +1,27 @@
 """ClipScore against transformers' own computation, on a random miniature and on the bundled scorer."""
 
+import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
 
+import clip_family as family
 import numpy as np
 import pytest
 import torch
 from miniatures import clip_tokenizer
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import AlignError, RewardError
@@ -230,6 +241,90 @@ def test_a_folder_is_named_in_an_expression(folder):
     assert str(reward) == f'clip(model="{folder}", scale=2.5)'
     assert reward == ClipScore(str(folder), scale=2.5)
     assert str(ClipScore(folder)) == f'clip("{folder}")'
+
+
+# --- what every scorer must do, and SigLIP ---
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.write_siglip(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.mark.parametrize("size", family.SIZES)
+def test_siglip_equals_transformers_on_pil_images(siglip, size):
+    images = [family.picture(*size, seed=number) for number in range(4)]
+    model, processor = SiglipModel.from_pretrained(siglip), SiglipImageProcessorPil.from_pretrained(siglip)
+    prompts = [prompt.lower() for prompt in family.PROMPTS]
+    tokens = AutoTokenizer.from_pretrained(siglip)(
+        prompts, padding="max_length", max_length=24, truncation=True, return_tensors="pt"
+    )
+    out = model(**tokens, **processor(images, return_tensors="pt"))
+    expected = (out.image_embeds * out.text_embeds).sum(dim=1).detach()
+    reward = ClipScore(siglip)
+    got = reward(tensor(*images), family.PROMPTS).total
+    # PIL rounds resized pictures to 8 bits, which this network of large random weights makes much of.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if size == (28, 28) else 4e-3)
+    assert got.std() > 0.02
+    pil = torch.from_numpy(np.stack(processor(images, do_normalize=False)["pixel_values"])).float()
+    torch.testing.assert_close(reward(pil, family.PROMPTS).total, expected, rtol=0, atol=1e-5)
+    difference = (reward.preprocess(tensor(*images)) * 0.5 + 0.5 - pil).abs().max()
+    assert difference <= 2.01 / 255
+
+
+def test_siglip_reads_padding_and_small_letters(siglip):
+    reward, images = ClipScore(siglip), torch.rand(2, 3, 28, 28)
+    upper, lower = (reward(images, [text] * 2).total for text in ("Two DOGS", "two dogs"))
+    assert torch.equal(upper, lower)
+    inputs = clip.text_inputs(reward.tokenizer, reward._network.config, "two dogs")
+    assert list(inputs) == ["input_ids"]
+    assert inputs["input_ids"].shape == (1, 24)
+    assert inputs["input_ids"][0, -1] == 0
+    assert reward(images, ["dog " * 200] * 2).total.isfinite().all()
+
+
+def test_a_package_that_the_tokenizer_needs_is_named(siglip, tmp_path):
+    """The first SigLIP models come with a SentencePiece tokenizer, which is no dependency of ours."""
+    copy = Path(shutil.copytree(siglip, tmp_path / "copy"))
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    is_here = importlib.util.find_spec("sentencepiece") is not None
+    with pytest.raises(RewardError, match="tokenizer" if is_here else "pip install sentencepiece"):
+        score(copy)
+
+
+def test_a_model_for_other_pictures_is_refused(siglip, tmp_path):
+    """SigLIP 2 of any size (NaFlex) takes pictures as lists of patches."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 9, "projection_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = Siglip2Config(text_config=text, vision_config={**small, "num_patches": 16})
+    Siglip2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(RewardError, match="is a Siglip2Model; the reward 'clip' needs a CLIPModel or a SiglipModel"):
+        score(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "siglip"])
+def test_slope_batch_offload_and_judging(request, kind):
+    source = request.getfixturevalue(kind)
+    family.check_slope(ClipScore(source), (40, 37))
+    family.check_batch(ClipScore(source))
+    family.check_offload(ClipScore(source, scale=3), ClipScore(source, scale=3, offload=True))
+    family.check_judging(ClipScore(source))
+
+
+@pytest.mark.parametrize("kind", ["folder", "siglip"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.06), ("float16", 0.006)])
+def test_half_precision_is_near(request, kind, dtype, tolerance):
+    """Of a cosine, -1 to 1."""
+    source = request.getfixturevalue(kind)
+    assert family.half_error(ClipScore(source), ClipScore(source, dtype=dtype)) < tolerance
+
+
+def test_a_wrong_dtype_is_named(folder):
+    with pytest.raises(RewardError, match="one of float32, bfloat16, float16"):
+        ClipScore(folder, dtype="int8")
 
 
 BUNDLED = MODELS_DIR / "emoji-scorer"

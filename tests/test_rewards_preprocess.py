@@ -106,3 +106,38 @@ def test_the_recipe_is_read_from_the_config(change, expected):
 def test_a_recipe_that_cannot_be_followed_is_named(bad, way_out):
     with pytest.raises(RewardError, match=way_out):
         Preprocess.from_config(GOOD | bad)
+
+
+def by_hand(image, side):
+    """Longer side to `side`, black on both sides of the shorter: one axis after the other, in PIL's float pictures."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    canvas = torch.zeros(3, side, side, dtype=torch.float64)
+    left, top = (side - width) // 2, (side - height) // 2
+    for channel, plane in enumerate(image.split()):
+        small = plane.convert("F").resize((width, height), Image.Resampling.BICUBIC)
+        canvas[channel, top : top + height, left : left + width] = torch.from_numpy(np.asarray(small).copy())
+    return canvas[None] / 255
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 121), (121, 50), (40, 40), (33, 20), (512, 384), (64, 31), (3, 200)])
+def test_letterbox(size):
+    image = picture(*size)
+    recipe = Preprocess(32, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), letterbox=True)
+    got = recipe(tensor(image))
+    assert got.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(got, by_hand(image, 32), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("spare", "down", "even"), [(1, 0, 0), (3, 1, 2), (5, 2, 2), (4, 2, 2)])
+def test_half_a_pixel_beside_a_crop_is_rounded_as_asked(spare, down, even):
+    images = torch.arange(4.0 + spare).expand(1, 3, 4, -1)
+    assert center_crop(images, (4, 4))[0, 0, 0, 0] == down
+    assert center_crop(images, (4, 4), rounds=True)[0, 0, 0, 0] == even
+
+
+@pytest.mark.parametrize("size", [(8, 6), (5, 11)])
+def test_the_gradient_of_a_letterbox_is_right(size):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    recipe = Preprocess(4, None, MEAN, STD, letterbox=True)
+    assert torch.autograd.gradcheck(recipe, images.requires_grad_(True), fast_mode=True)

@@ -9,7 +9,7 @@ import miniatures
 import pytest
 import torch
 from by_hand import PROMPTS, Chain, double_inside
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, IFImg2ImgPipeline
 from miniatures import make_scheduler
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ pytestmark = [
     # diffusers' Euler scheduler hands torch tensors to NumPy 2; its SDXL pipeline calls a method that it deprecates.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`callback_steps` is deprecated:FutureWarning"),  # between its own pipelines
 ]
 
 EXACT = ["DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]
@@ -117,6 +118,24 @@ def test_flow_matching(scheduler):
         assert by_hand.dot(got, direction) == pytest.approx(chain.slope(2, direction, 1e-5), rel=1e-7)
 
 
+def test_a_copy_of_the_scheduler_steps_itself_and_is_not_counted():
+    """Pipelines that draw sound too step a deep copy of their scheduler, made inside the call."""
+    pipe, _ = sd15("EulerDiscreteScheduler", torch.float32)
+    copied: list[int] = []
+
+    def sound(_module: nn.Module, _args: object, output: Any) -> None:
+        twin = copy.deepcopy(pipe.scheduler)
+        twin.step(output[0], twin.timesteps[len(copied)], torch.zeros_like(output[0]))
+        copied.append(twin.step_index)
+
+    wanted = by_hand.stock_pictures(pipe, arguments())
+    with by_hand.hooked(pipe.unet.register_forward_hook(lambda m, a, out: sound(m, a, (out[0].chunk(2)[0],)))):
+        result = roll(pipe, checkpointing="none")
+    assert torch.equal(result.images.detach(), wanted)
+    assert result.num_steps == STEPS
+    assert copied == [1, 2, 3, 4]
+
+
 # --- settings of the call -------------------------------------------------------------------------------------------
 
 
@@ -207,6 +226,15 @@ def test_half_precision_base_with_float32_adapter(make, dtype):
     )
 
 
+def test_timesteps_of_ones_own():
+    pipe, weights = sd15("EulerDiscreteScheduler", torch.float32)
+    chosen = {"timesteps": [900, 500, 100]}
+    result = roll(pipe, extra=chosen, truncation="last:2")
+    assert torch.equal(result.images.detach(), by_hand.stock_pictures(pipe, arguments(**chosen)))
+    assert (result.num_steps, result.graded) == (3, range(1, 3))
+    assert any(part.any() for part in gradient(result.images, weights))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_pictures_equal_the_stock_call(dtype):
     pipe, _ = sd15(dtype=dtype)
@@ -246,6 +274,17 @@ def test_checkpointing_says_which_steps_run_twice():
         with by_hand.hooked(inside.register_forward_hook(lambda *_, calls=calls: calls.append(1))):
             gradient(roll(pipe, truncation="last:3", checkpointing=choice).images, weights)
         assert len(calls) == STEPS + again, choice
+
+
+def test_a_call_with_a_cache_is_not_recomputed():
+    """An object among the arguments may be empty again by the time of the backward pass."""
+    pipe, weights = sd15(dtype=torch.float32)
+    calls: list[int] = []
+    inside = pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    with by_hand.hooked(inside):
+        result = roll(pipe, extra={"cross_attention_kwargs": {"cache": object()}}, checkpointing="all")
+        gradient(result.images, weights)
+    assert len(calls) == STEPS
 
 
 def bytes_kept(pipe: DiffusionPipeline, **settings: Any) -> int:
@@ -419,6 +458,108 @@ def test_the_same_generators_give_the_same_pictures():
     pipe, _ = sd15("EulerAncestralDiscreteScheduler", torch.float32)
     first, second = (roll(pipe, seed=seed, truncation="random").images for seed in (1, 2))
     assert torch.equal(first, second)  # the truncation draw is another one and moves no picture
+
+
+# --- pipelines that are made otherwise ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("pixels", {"clean_caption": False}), ("prior_and_decoder", {"prior_num_inference_steps": 2})]
+)
+def test_pictures_that_come_as_the_network_made_them_are_brought_to_0_and_1(name, extra):
+    """One denoises pixels, the other calls two pipelines; both hand out [-1, 1] for "pt" and [0, 1] for NumPy."""
+    pipe = getattr(miniatures, name)()
+    assert list(stock.denoisers(pipe)) == ["unet"]
+    weights = adapted(pipe, torch.float32, size=0.1)
+    given = {"prompt": PROMPTS, "num_inference_steps": STEPS, "guidance_scale": 2.0, "height": 16, "width": 16, **extra}
+    wanted = torch.from_numpy(pipe(**given, generator=by_hand.generators(), output_type="np").images)
+    results = {choice: roll(pipe, extra=extra, checkpointing=choice) for choice in ("all", "none")}
+    for result in results.values():
+        assert torch.equal(result.images.detach(), wanted.permute(0, 3, 1, 2))
+        assert (result.num_steps, result.graded) == (STEPS, range(2, 4))
+    got, plain = (gradient(result.images, weights) for result in results.values())
+    assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+    assert any(part.any() for part in got)
+
+
+def test_a_pipeline_that_starts_later_and_does_not_say_so():
+    """Of 5 steps, strength 0.6 leaves 3; only the timestep that the denoiser is told first shows it."""
+    pipe = miniatures.pixels(kind=IFImg2ImgPipeline)
+    adapted(pipe, torch.float32, size=0.1)
+    start = {"clean_caption": False, **miniatures.FAMILIES["sd15_img2img"].call(2)}
+    result = roll(pipe, num_inference_steps=5, extra=start)
+    assert (result.num_steps, result.graded) == (3, range(1, 3))
+
+
+def test_a_pipeline_in_a_pipeline_is_left_as_it_was():
+    pipe = miniatures.prior_and_decoder()
+    adapted(pipe, torch.float32)
+    before = [(vars(part).get("_progress_bar_config"), type(part)) for part in stock.inner(pipe)]
+    roll(pipe, extra={"prior_num_inference_steps": 2})
+    assert [(vars(part).get("_progress_bar_config"), type(part)) for part in stock.inner(pipe)] == before
+
+
+def test_processors_that_a_call_puts_in_are_taken_out_again():
+    pipe = miniatures.sd15_pag()
+    weights, before = adapted(pipe, torch.float32), dict(pipe.unet.attn_processors)
+    gradient(roll(pipe, extra={"pag_scale": 2.0}).images, weights)
+    assert pipe.unet.attn_processors == before
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_lose_the_gradient_are_refused(monkeypatch):
+    pipe, _ = sd15(dtype=torch.float32)
+    inside = pipe.image_processor.postprocess
+    monkeypatch.setattr(pipe.image_processor, "postprocess", lambda image, **options: inside(image.detach(), **options))
+    with pytest.raises(PipelineError, match="after its last denoising step.*another pipeline class"):
+        roll(pipe)
+    monkeypatch.undo()
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *given, **options: (step(*given, **options)[0].detach(),))
+    with pytest.raises(PipelineError, match="in its denoising loop"):
+        roll(pipe)
+
+
+@pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
+def test_a_pipeline_that_leaves_torch_is_refused():
+    pipe = miniatures.numpy_only()
+    adapted(pipe, torch.float32)
+    picture = miniatures.FAMILIES["sd15_controlnet"].call(2)
+    with pytest.raises(PipelineError, match="NumPy.*newer pipeline class"):
+        roll(pipe, extra=picture)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"), [((2, 7), r"shape \(2, 7\)"), ((2, 1, 8, 8), r"shape \(2, 1, 8, 8\)"), (None, "list")]
+)
+def test_what_is_no_picture_is_refused(made, said, monkeypatch):
+    pipe, _ = sd15(dtype=torch.float32)
+    sound = ["a", "b"] if made is None else torch.zeros(made)
+    monkeypatch.setattr(pipe.image_processor, "postprocess", lambda image, **_: sound)
+    with pytest.raises(PipelineError, match=f"{said} .*pictures .* are needed.*Load a text-to-image"):
+        roll(pipe)
+
+
+def test_a_call_that_lacks_an_argument_says_which_there_are():
+    pipe = miniatures.sd15_controlnet()
+    adapted(pipe, torch.float32)
+    with pytest.raises(PipelineError, match=r"before its first denoising step with TypeError: .*it takes image, "):
+        roll(pipe)
+
+
+def test_an_error_after_the_first_step_stays_what_it_is():
+    pipe, _ = sd15(dtype=torch.float32)
+
+    def breaks(*_: object) -> None:
+        raise ValueError("of someone else")
+
+    with (
+        by_hand.hooked(pipe.vae.decoder.register_forward_pre_hook(breaks)),
+        pytest.raises(ValueError, match="someone else"),
+    ):
+        roll(pipe)
 
 
 def test_a_scheduler_that_takes_other_steps_than_it_announced_is_refused():

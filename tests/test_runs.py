@@ -177,6 +177,19 @@ def test_an_empty_folder_is_used(tmp_path):
     assert about["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
+def test_the_reward_is_kept_as_typed_and_with_its_numbers(tmp_path):
+    def about(name, **more):
+        config = AlignConfig()
+        run = RunFolder.create(
+            tmp_path / name, command="", config=config, model="emoji", reward="zscore(clip)", prompts="emoji", **more
+        )
+        return json.loads((run.path / "config.json").read_text())
+
+    typed = about("one", calibrated="zscore(clip, mean=0.7, std=0.1)")
+    assert (typed["reward"], typed["calibrated_reward"]) == ("zscore(clip)", "zscore(clip, mean=0.7, std=0.1)")
+    assert about("two")["calibrated_reward"] == "zscore(clip)"
+
+
 @given(st.text(max_size=80))
 def test_a_slug_is_a_harmless_file_name(text):
     made = slug(text, "prompt")

@@ -16,7 +16,10 @@ from alignprop_pipe.errors import PipelineError
 NETWORKS = {
     "sd15": ("unet", AutoencoderKL),
     "sd15_img2img": ("unet", AutoencoderKL),
+    "sd15_controlnet": ("unet", AutoencoderKL),
+    "sd15_pag": ("unet", AutoencoderKL),
     "sdxl": ("unet", AutoencoderKL),
+    "sdxl_adapter": ("unet", AutoencoderKL),
     "sd3": ("transformer", AutoencoderKL),
     "flux": ("transformer", AutoencoderKL),
     "pixart": ("transformer", AutoencoderKL),

@@ -1,4 +1,4 @@
-"""The command `alignprop`: train, sample, and lists of what can be asked for.
+"""The command `alignprop`: train, sample, score, and lists of what can be asked for.
 
 Commands translate: flags to values, values to calls, records to lines. torch loads inside them, so `--help` is quick.
 """
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignprop_pipe.bundled import preset_for
-from alignprop_pipe.cli import console
+from alignprop_pipe.cli import console, scores
 from alignprop_pipe.cli.drawing import Sheet, default_out, draw
-from alignprop_pipe.cli.opening import is_model, open_pipeline
+from alignprop_pipe.cli.opening import is_model, open_pipeline, open_reward
 from alignprop_pipe.cli.options import (
     BUNDLED,
     ListRequest,
@@ -101,12 +101,11 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
     config = config_for(request.model, request.preset, request.config, settings)
     expression, source = _reward_text(request), _prompts(request)
     with console.waiting(output, f"loading reward {expression}"):
-        console.quiet_libraries(output)
+        reward = open_reward(expression, request, output)
         from alignprop_pipe.prompts import PromptSet
-        from alignprop_pipe.rewards.registry import parse_reward
         from alignprop_pipe.trackers import Trackers, all_of
 
-        prompts, reward = PromptSet.load(source), parse_reward(expression)
+        prompts = PromptSet.load(source)
     if config.evaluation.judges and not (prompts.targets or "judges" in settings or request.config):
         output.say("these prompts come without targets, which the preset's judge needs: no judge watches this run")
         config = config.replace(judges=())
@@ -271,18 +270,15 @@ def _default_prompts(model: str, seed: int) -> list[str]:
     return PromptSet.load(BUNDLED).batch(seed, 0, 8).prompts
 
 
+# --- score -----------------------------------------------------------------------------------------------------------
+
+app.command(epilog=scores.SCORE_EXAMPLES)(scores.score)
+
+
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
-@options_from(ListRequest)
-def rewards(request: ListRequest) -> None:
-    """List the rewards that --reward takes by name."""
-    from alignprop_pipe.rewards.registry import REGISTRY
-
-    entries = REGISTRY.values()
-    rows = [{"name": e.name, "summary": e.summary, "licence": e.licence, "size_mb": e.size_mb} for e in entries]
-    _list(request, rows, "add, scale and negate them: 'clip + 0.1*jpeg'; or your own: file.py:function")
+app.add_typer(scores.rewards, name="rewards")
 
 
 @app.command()

@@ -33,12 +33,15 @@ PATIENCE_AFTER_SIGTERM = 5
 
 
 class Output:
-    """Where words go. Talk: stdout, or stderr beside `--json`; nothing of it with `--quiet`. Errors: stderr."""
+    """Where words go. Talk: stdout, or stderr beside `--json`; nothing of it with `--quiet`. Errors: stderr.
 
-    def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+    `stderr` sends all talk there, for a command that writes data of its own to stdout.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: bool = False, stderr: bool = False) -> None:
         self.quiet = quiet
         self.json = json
-        self.console = _rich_console(stderr=json)
+        self.console = _rich_console(stderr=json or stderr)
 
     @property
     def live(self) -> bool:
@@ -59,26 +62,46 @@ class Output:
         if self.json:
             typer.echo(json.dumps({"type": kind, **plain(values)}, allow_nan=False))
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> None:
-        """A table of talk; `numbers` sets all columns but the first flush right."""
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        numbers: bool | range = False,
+        footers: Sequence[str] = (),
+    ) -> None:
+        """A table of talk; `numbers` sets these columns, or all but the first, flush right."""
         if not self.quiet:
-            self.console.print(table(title, columns, rows, numbers=numbers))
+            self.console.print(table(title, columns, rows, numbers=numbers, footers=footers))
 
     def _line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: bool | range = False,
+    footers: Sequence[str] = (),
 ) -> "RenderableType":
     """A table without vertical lines; texts are taken word for word."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    right = numbers if isinstance(numbers, range) else range(1, len(columns) * numbers)
+    made = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        show_footer=bool(footers),
+    )
     for place, name in enumerate(columns):
-        made.add_column(name, justify="right" if numbers and place else "left", overflow="fold")
+        foot = Text(footers[place] if footers else "")
+        made.add_column(Text(name), foot, justify="right" if place in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))
     return made
@@ -209,6 +232,16 @@ def _bar(console: "Console") -> Any:
     columns = (text("{task.description}"), progress.BarColumn(bar_width=10), progress.MofNCompleteColumn())
     times = (text("ETA"), progress.TimeRemainingColumn())
     return progress.Progress(*columns, *times, text("{task.fields[note]}", markup=False), console=console)
+
+
+def counting_bar() -> Any:
+    """A bar on stderr that counts to its total and is wiped away at the end; where no terminal is, none is drawn."""
+    from rich import progress
+
+    console = _rich_console(stderr=True)
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    times = (progress.TextColumn("ETA"), progress.TimeRemainingColumn())
+    return progress.Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager

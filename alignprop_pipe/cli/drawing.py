@@ -11,7 +11,7 @@ from alignprop_pipe.cli.console import Output
 from alignprop_pipe.cli.options import SampleRequest
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.errors import RunError
-from alignprop_pipe.files import write_whole
+from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -47,7 +47,8 @@ class Sheet:
     def about(self, picture: "Picture") -> dict[str, str]:
         """The text chunks; folders and files by their last name, so that no path of this machine travels along."""
         facts = {
-            "prompt": picture.prompt,
+            PROMPT_CHUNK: picture.prompt,
+            SHEET_CHUNK: "base and aligned" if self.request.compare else "",
             "negative_prompt": self.sampling.negative_prompt,
             "seed": str(self.request.seed),
             "number": str(picture.number),
@@ -75,7 +76,7 @@ def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output
         files.append(path)
         shown.append(frames[len(frames) // 2])
     grid = _free(sheet.request.out / "grid.png")
-    write_whole(grid, png_bytes([make_grid([enlarged(image) for image in shown])]))
+    write_whole(grid, png_bytes([make_grid([enlarged(image) for image in shown])], {SHEET_CHUNK: "grid"}))
     return [*files, grid]
 
 

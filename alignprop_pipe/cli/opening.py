@@ -1,19 +1,21 @@
-"""From what was typed to a pipeline on a device: the model's id, the device, the number format."""
+"""From what was typed to a pipeline or a reward: the model's id, the device, the number format, the expression."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from alignprop_pipe.cli.console import Output, quiet_libraries, waiting
-from alignprop_pipe.cli.options import BUNDLED, Common
+from alignprop_pipe.cli.options import BUNDLED, CheckRequest, Common, ScoreRequest, TrainRequest
 from alignprop_pipe.errors import PipelineError
 
 if TYPE_CHECKING:
     import torch
 
     from alignprop_pipe.pipeline import AlignPropPipeline
+    from alignprop_pipe.rewards.base import Reward
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 A_PATH = re.compile(r"(~|\.{0,2})/\S+")
@@ -43,6 +45,23 @@ def open_pipeline(model: str, request: Common, output: Output) -> "AlignPropPipe
         pipe = _load(model, find_dtype(request.dtype, device))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+
+def open_reward(text: str, request: TrainRequest | ScoreRequest | CheckRequest, output: Output) -> "Reward":
+    """Run what `--import` names, then read the expression. Raises RewardError."""
+    quiet_libraries(output)
+    from alignprop_pipe.rewards.registry import parse_reward
+
+    import_rewards(request.imports)
+    return parse_reward(text, accept_license=request.accept_license)
+
+
+def import_rewards(places: Sequence[str] | None) -> None:
+    """Run the files and import the modules that `--import` names. Raises RewardError."""
+    for place in places or []:
+        from alignprop_pipe.rewards.python import load_module
+
+        load_module(place)
 
 
 def find_device(text: str) -> "torch.device":

@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,19 +29,26 @@ OUTPUT = "Device and output"
 Command = Callable[..., None]
 
 
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="a .py file or a module that registers rewards of your own; may be repeated"),
+]
+AcceptLicense = Annotated[
+    bool,
+    typer.Option("--accept-license", help="use rewards whose weights or code have a licence that binds you"),
+]
+
+
+Subcommand = Annotated[str | None, "no flag: the subcommand that follows"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Common:
-    """What `train` and `sample` share: where to compute, and how much to say."""
+class Computing:
+    """What all commands that compute share: where, and how much to say."""
 
     device: Annotated[
         str, typer.Option(help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps", rich_help_panel=OUTPUT)
     ] = "auto"
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(
-            help="number format of the frozen model (default: float16 on cuda, else float32)", rich_help_panel=OUTPUT
-        ),
-    ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only the last lines", rich_help_panel=OUTPUT)] = False
     json: Annotated[
         bool, typer.Option("--json", help="records as JSON lines on stdout, talk on stderr", rich_help_panel=OUTPUT)
@@ -54,6 +61,18 @@ class Common:
             rich_help_panel=OUTPUT,
         ),
     ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common(Computing):
+    """What `train` and `sample` share besides: the number format of the pipeline."""
+
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(
+            help="number format of the frozen model (default: float16 on cuda, else float32)", rich_help_panel=OUTPUT
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +112,8 @@ class TrainRequest(Common):
         list[str] | None,
         typer.Option(help="a tracker to send every step to: tensorboard, wandb, ...; may be repeated"),
     ] = None
+    imports: Imports = None
+    accept_license: AcceptLicense = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would run, how long and in how much memory; train nothing")
     ] = False
@@ -122,10 +143,60 @@ class SampleRequest(Common):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest(Computing):
+    """What `alignprop score` is asked for."""
+
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES", help="PNG, JPEG or WebP files, or folders of them, at any depth")
+    ]
+    reward: Annotated[
+        str | None,
+        typer.Option(help="what to score by: 'clip', 'clip + 0.1*jpeg', 'file.py:function'; see 'alignprop rewards'"),
+    ] = None
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="one prompt for all pictures (default: the one in each PNG's text chunk 'prompt')"),
+    ] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="a .txt, .jsonl or .csv file, or a set: one prompt for each picture, in their order or by a column "
+            "'file'. Pictures whose own prompts are all in it take their targets from there"
+        ),
+    ] = None
+    csv: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write all scores as CSV; '-' writes to stdout, talk to stderr")
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="pictures of one size that are scored at once", min=1)] = 8
+    imports: Imports = None
+    accept_license: AcceptLicense = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRequest(Computing):
+    """What `alignprop rewards check` is asked for."""
+
+    reward: Annotated[str, typer.Argument(metavar="EXPR", help="the reward: 'clip + 0.1*jpeg', 'file.py:function'")]
+    size: Annotated[int, typer.Option(help="height and width of the pictures, in pixels", min=1)] = 512
+    batch_size: Annotated[int, typer.Option(help="pictures in the batch", min=1)] = 2
+    prompt: Annotated[str, typer.Option(help="the prompt of every picture")] = "two dogs on a blue background"
+    imports: Imports = None
+    accept_license: AcceptLicense = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListRequest:
     """What the listing commands are asked for."""
 
     json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardsRequest(ListRequest):
+    """What `alignprop rewards` is asked for; it lists, unless a subcommand follows."""
+
+    subcommand: Subcommand = None
+    imports: Imports = None
 
 
 def options_from(request: type, settings: type | None = None) -> Callable[[Command], Command]:
@@ -134,13 +205,18 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
     The command is called with one `request` and, where `settings` is given, with a dict of the flags that were set.
     Its errors become sentences and exit codes.
     """
-    own = [inspect.Parameter(f.name, _KEYWORD, default=f.default, annotation=f.type) for f in fields(request)]
+    own = [
+        inspect.Parameter(f.name, _KEYWORD, default=_EMPTY if f.default is MISSING else f.default, annotation=f.type)
+        if f.type != Subcommand
+        else inspect.Parameter(f.name, _KEYWORD, annotation=typer.Context)
+        for f in fields(request)
+    ]
     flags = [] if settings is None else [_flag(name, part, spec) for name, part, spec in _specs(settings)]
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def edge(**values: Any) -> None:
-            asked = request(**{p.name: values.pop(p.name) for p in own})
+            asked = request(**{p.name: _from_context(values.pop(p.name)) for p in own})
             given = {name: _from_flag(value) for name, value in values.items() if value is not None}
             with translated(debug=getattr(asked, "debug", False)):
                 command(asked) if settings is None else command(asked, given)
@@ -174,7 +250,7 @@ def _from_file(file: Path, base: AlignConfig) -> AlignConfig:
 
 # --- inside ----------------------------------------------------------------------------------------------------------
 
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_KEYWORD, _EMPTY = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
 
 
 def _specs(settings: type) -> list[tuple[str, str | None, Field]]:
@@ -218,6 +294,11 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise typer.BadParameter(str(error)) from error
 
     return parsed
+
+
+def _from_context(value: Any) -> Any:
+    """The name of the subcommand that Typer's context holds; every other value as it came."""
+    return getattr(value, "invoked_subcommand", value)
 
 
 def _from_flag(value: Any) -> Any:

@@ -7,27 +7,52 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignprop_pipe.rewards.aesthetic import Aesthetic, Aesthetic25
+    from alignprop_pipe.rewards.ask import Ask
     from alignprop_pipe.rewards.base import Reward, WeightedSum
     from alignprop_pipe.rewards.clip import ClipScore
+    from alignprop_pipe.rewards.combine import ClipAbove, Min, Scaled, SoftMin, Watch, ZScore, calibrate
     from alignprop_pipe.rewards.guard import check_reward
+    from alignprop_pipe.rewards.hpsv2 import HpsV2, HpsV21
+    from alignprop_pipe.rewards.imagereward import ImageReward
     from alignprop_pipe.rewards.jpeg import Jpeg
     from alignprop_pipe.rewards.judge import AttributeJudge
+    from alignprop_pipe.rewards.objects import Contains, Count, Without
+    from alignprop_pipe.rewards.pickscore import PickScore
     from alignprop_pipe.rewards.python import PythonReward
-    from alignprop_pipe.rewards.registry import REGISTRY, RewardEntry, as_reward, parse_reward
+    from alignprop_pipe.rewards.registry import REGISTRY, RewardEntry, as_reward, parse_reward, register
     from alignprop_pipe.rewards.simple import Brightness, Colour, Sharpness, Symmetry, TotalVariation
 
 _HOME = {
+    "Aesthetic": "aesthetic",
+    "Aesthetic25": "aesthetic",
+    "HpsV2": "hpsv2",
+    "HpsV21": "hpsv2",
+    "PickScore": "pickscore",
+    "Ask": "ask",
     "Reward": "base",
     "WeightedSum": "base",
     "ClipScore": "clip",
+    "ClipAbove": "combine",
+    "Min": "combine",
+    "Scaled": "combine",
+    "SoftMin": "combine",
+    "Watch": "combine",
+    "ZScore": "combine",
+    "calibrate": "combine",
     "check_reward": "guard",
+    "ImageReward": "imagereward",
     "Jpeg": "jpeg",
     "AttributeJudge": "judge",
+    "Contains": "objects",
+    "Count": "objects",
+    "Without": "objects",
     "PythonReward": "python",
     "REGISTRY": "registry",
     "RewardEntry": "registry",
     "as_reward": "registry",
     "parse_reward": "registry",
+    "register": "registry",
     "Brightness": "simple",
     "Colour": "simple",
     "Sharpness": "simple",
@@ -36,21 +61,39 @@ _HOME = {
 }
 __all__ = [
     "REGISTRY",
+    "Aesthetic",
+    "Aesthetic25",
+    "Ask",
     "AttributeJudge",
     "Brightness",
+    "ClipAbove",
     "ClipScore",
     "Colour",
+    "Contains",
+    "Count",
+    "HpsV2",
+    "HpsV21",
+    "ImageReward",
     "Jpeg",
+    "Min",
+    "PickScore",
     "PythonReward",
     "Reward",
     "RewardEntry",
+    "Scaled",
     "Sharpness",
+    "SoftMin",
     "Symmetry",
     "TotalVariation",
+    "Watch",
     "WeightedSum",
+    "Without",
+    "ZScore",
     "as_reward",
+    "calibrate",
     "check_reward",
     "parse_reward",
+    "register",
 ]
 
 

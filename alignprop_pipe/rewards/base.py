@@ -1,4 +1,4 @@
-"""`Reward`: a value that scores images, differentiably, and the weighted sum of several.
+"""`Reward`: a value that scores images, differentiably; `Combination` and the weighted sum of several.
 
 A reward remembers the arguments it was made with: `str(reward)` is the expression that makes it again
 (`clip + 0.1*jpeg(quality=80)`), and two rewards are equal when they were made alike.
@@ -7,7 +7,7 @@ A reward remembers the arguments it was made with: `str(reward)` is the expressi
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,8 @@ class Reward:
     """The part's name in the log, and the reward's name in an expression."""
     trainable: bool = True
     """False: a judge, which is only watched."""
+    reads_prompts: bool = True
+    """False: the prompts make no difference, so pictures can be scored without. A reward with `children` asks those."""
 
     _args: tuple[Any, ...] = ()
     _kwargs: Mapping[str, Any] = MappingProxyType({})
@@ -69,7 +71,36 @@ class Reward:
 
     def children(self) -> tuple["Reward", ...]:
         """The rewards that this one was made from."""
-        return tuple(value for value in (*self._args, *self._kwargs.values()) if isinstance(value, Reward))
+        return tuple(_rewards_in([*self._args, *self._kwargs.values()]))
+
+    def trained(self) -> Iterator["Reward"]:
+        """The rewards that gradient flows through: the reward itself, or those inside a combination."""
+        yield self
+
+    @property
+    def label(self) -> str:
+        """What the total is called in the log."""
+        return self.name
+
+    # --- statistics of the base model's pictures ---
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether every statistic is known that it, or a reward inside it, takes from the base model's pictures."""
+        return all(child.is_calibrated for child in self.children())
+
+    def calibrated(self, images: Images, prompts: list[str], targets: Targets) -> "Reward":
+        """The same reward with the statistics that it lacks measured on these pictures; itself where it lacks none.
+
+        Nothing is changed in place, and `str()` of the result holds the numbers.
+        """
+        if self.is_calibrated:
+            return self
+        return self.rebuilt(lambda child: child.calibrated(images, prompts, targets))
+
+    def rebuilt(self, change: Callable[["Reward"], "Reward"]) -> "Reward":
+        """The reward made again, with `change(child)` in the place of each child among its arguments."""
+        return type(self)(*_mapped(self._args, change), **_mapped(self._kwargs, change))
 
     def to(self, device: torch.device | str) -> "Reward":
         """Move all networks that are loaded; the others load where the images are. Returns the reward itself."""
@@ -91,7 +122,9 @@ class Reward:
     def __mul__(self, weight: float | int) -> "Reward":
         if not isinstance(weight, int | float) or isinstance(weight, bool):
             return NotImplemented
-        return self if weight == 1 else WeightedSum(((float(weight), self),))
+        made = WeightedSum(((weight, self),))
+        # 2*(0.5*r) is r: a sum of one reward with weight 1 would have the text of r without being equal to it.
+        return made.terms[0][1] if len(made.terms) == 1 and made.terms[0][0] == 1 else made
 
     __rmul__ = __mul__
 
@@ -120,18 +153,43 @@ class Reward:
         return hash((type(self), self.name))
 
 
-class WeightedSum(Reward):
-    """A sum of rewards with weights. Its parts are those of its terms, unweighted, under their own names."""
+class Combination(Reward):
+    """Arithmetic on the scores of other rewards: a subclass writes `combine`.
+
+    Logs its own total, as `label`, and the parts of its children under their own names.
+    """
+
+    def combine(self, totals: list[Rewards]) -> Rewards:
+        """The total from those of the children, in their order."""
+        raise NotImplementedError(f"{type(self).__name__} must define combine(totals)")
+
+    def __call__(self, images: Images, prompts: list[str], targets: Targets | None = None) -> Scores:
+        """Score with every child, and combine."""
+        scored = [child(images, prompts, targets) for child in self.children()]
+        total = self.combine([scores.total for scores in scored])
+        return Scores(total, merge_parts([{self.label: total.detach()}, *(scores.parts for scores in scored)]))
+
+    def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
+        return self(images, prompts, targets).total
+
+    def trained(self) -> Iterator[Reward]:
+        for child in self.children():
+            yield from child.trained()
+
+
+class WeightedSum(Combination):
+    """A sum of rewards with weights. Its parts are those of its terms, unweighted, under their own names.
+
+    Sums inside sums are multiplied out: `2*(a - 0.5*b)` is `2*a - b`.
+    """
 
     name = "sum"
 
     def __init__(self, terms: Iterable[tuple[float | int, Reward]]) -> None:
         flat: list[tuple[float, Reward]] = []
         for weight, reward in terms:
-            if not math.isfinite(weight):
-                raise RewardError(f"the weight of {reward} is {weight}: a finite number is needed")
             inner = reward.terms if isinstance(reward, WeightedSum) else ((1.0, reward),)
-            flat += [(float(weight) * share, part) for share, part in inner]
+            flat += [(_product(weight, share, part), part) for share, part in inner]
         if not flat:
             raise RewardError("a sum of no rewards: at least one is needed")
         self.terms: tuple[tuple[float, Reward], ...] = tuple(flat)
@@ -144,11 +202,15 @@ class WeightedSum(Reward):
         total = sum((weight * scores.total for (weight, _), scores in zip(self.terms, scored, strict=True)), start=zero)
         return Scores(total=total, parts=merge_parts(scores.parts for scores in scored))
 
-    def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
-        return self(images, prompts, targets).total
-
     def children(self) -> tuple[Reward, ...]:
         return tuple(reward for _, reward in self.terms)
+
+    @property
+    def label(self) -> str:
+        return str(self)
+
+    def rebuilt(self, change: Callable[[Reward], Reward]) -> Reward:
+        return WeightedSum([(weight, change(reward)) for weight, reward in self.terms])
 
     def __str__(self) -> str:
         text = ""
@@ -186,12 +248,46 @@ def merge_parts(groups: Iterable[Mapping[str, Rewards]]) -> dict[str, Rewards]:
 def literal(value: Any) -> str:
     """An argument as it is written in an expression."""
     if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False)
+        # Half a surrogate pair, as in a file name that is not UTF-8, cannot stand in a file: it is escaped.
+        return json.dumps(str(value), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{literal(key)}: {literal(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(literal(inner) for inner in value) + "]"
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"
     return str(value) if isinstance(value, Reward) else repr(value)
+
+
+def _product(weight: float | int, share: float, reward: Reward) -> float:
+    try:
+        product = float(weight) * share
+    except OverflowError:
+        product = math.inf
+    if not math.isfinite(product):
+        raise RewardError(f"the weight of {reward} is {product}: a finite number is needed")
+    return product
+
+
+def _rewards_in(value: Any) -> Iterator[Reward]:
+    if isinstance(value, Reward):
+        yield value
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _rewards_in(inner)
+    elif isinstance(value, Mapping):
+        yield from _rewards_in(list(value.values()))
+
+
+def _mapped(value: Any, change: Callable[[Reward], Reward]) -> Any:
+    """The value with every reward inside it changed."""
+    if isinstance(value, Reward):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(inner, change) for inner in value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    return value
 
 
 def check_shape(name: str, scores: Any, count: int) -> Tensor:

@@ -1,74 +1,118 @@
-"""CLIPScore: how well a picture and its prompt agree (Hessel et al., arXiv 2104.08718), by any CLIP model.
+"""CLIPScore: how well a picture and its prompt agree (Hessel et al., arXiv 2104.08718), by any CLIP or SigLIP model.
 
-Images [B, 3, H, W] in [0, 1] and prompts to the cosine of their embeddings, times `scale`.
+Images [B, 3, H, W] in [0, 1] and prompts to the cosine of their embeddings, times a factor. Scorers that are a CLIP
+with other weights (PickScore, HPSv2) share `TwoTowers`.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
-from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.network import NetworkReward
 from alignprop_pipe.rewards.preprocess import Preprocess
-from alignprop_pipe.rewards.pretrained import load_network, load_preprocessor_config, load_tokenizer, placed, usable
+from alignprop_pipe.rewards.pretrained import load_network, load_preprocessor_config, load_tokenizer
 
 KEPT_PROMPTS = 4096
+NEEDED = {"clip": "a CLIPModel", "siglip": "a SiglipModel"}
 
 
-class ClipScore(Reward):
+class TwoTowers(NetworkReward):
+    """A picture tower and a text tower: the cosine of what they say, times `factor`.
+
+    `load` sets `tokenizer` and `preprocess`, and gives a transformers CLIPModel or SiglipModel. A prompt is embedded
+    once and kept.
+    """
+
+    factor: float | int = 1.0
+    tokenizer: Any = None
+    preprocess: Preprocess = Preprocess(None, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def __init__(
+        self, model: str | Path, revision: str | None = None, dtype: str = "float32", offload: bool = False
+    ) -> None:
+        super().__init__(model, revision, dtype, offload)
+        self._texts: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def rate(self, network: Any, images: Images, prompts: list[str], targets: Targets) -> Rewards:
+        pixels = self.preprocess(images).to(network.dtype)
+        seen = unit(network.get_image_features(pixel_values=pixels), images.dtype)
+        said = torch.stack([self._text(network, prompt, images.dtype) for prompt in prompts]).to(seen)
+        return self.factor * (seen * said).sum(dim=-1)
+
+    def _text(self, network: Any, prompt: str, dtype: torch.dtype) -> Tensor:
+        """The embedding of one prompt. Each is computed alone, so that it does not depend on its neighbours."""
+        key = (prompt, network.dtype)
+        if key not in self._texts:
+            tokens = text_inputs(self.tokenizer, network.config, prompt)
+            features = network.get_text_features(**{name: ids.to(network.device) for name, ids in tokens.items()})
+            if len(self._texts) >= KEPT_PROMPTS:
+                del self._texts[next(iter(self._texts))]
+            self._texts[key] = unit(features, dtype)[0].cpu()
+        return self._texts[key]
+
+
+class ClipScore(TwoTowers):
     """Cosine between picture and prompt, times `scale`: -scale to scale, real pictures 0.2 to 0.35 with CLIP-L.
 
-    `model` is a transformers CLIPModel, by Hub id (with `revision`) or folder; "emoji" is the bundled scorer. It is
-    loaded at the first score, on the images' device, and computes in float32 (float64 for float64 images).
+    Args:
+        model: a transformers CLIPModel or SiglipModel (SigLIP, and SigLIP 2 of fixed size), by Hub id or folder;
+            "emoji" is the bundled scorer.
+        revision: branch, tag or commit on the Hub.
+        scale: what the cosine is multiplied with.
+        dtype: number format of the network.
+        offload: keep the network in main memory between scores.
     """
 
     name = "clip"
 
-    def __init__(self, model: str | Path = "emoji", revision: str | None = None, scale: float | int = 1.0) -> None:
-        self.model, self.revision, self.scale = str(model), revision, scale
-        self._network: Any = None
-        self._tokenizer: Any = None
-        self._preprocess: Preprocess | None = None
-        self._texts: dict[tuple[str, torch.dtype], Tensor] = {}
+    def __init__(
+        self,
+        model: str | Path = "emoji",
+        revision: str | None = None,
+        scale: float | int = 1.0,
+        dtype: str = "float32",
+        offload: bool = False,
+    ) -> None:
+        super().__init__(model, revision, dtype, offload)
+        self.scale = self.factor = scale
 
-    def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
-        network, preprocess = self._loaded(images)
-        pixels = preprocess(images)
-        seen = _unit(network.get_image_features(pixel_values=pixels))
-        said = torch.stack([self._text(network, prompt) for prompt in prompts]).to(seen)
-        return self.scale * (seen * said).sum(dim=-1)
-
-    def _loaded(self, images: Images) -> tuple[Any, Preprocess]:
-        from transformers import AutoModel
-
-        if self._network is None or self._preprocess is None or not usable(self._network):
-            source = str(bundled_path("emoji-scorer")) if self.model == "emoji" else self.model
-            self._preprocess = Preprocess.from_config(load_preprocessor_config(source, self.revision))
-            self._tokenizer = load_tokenizer(source, self.revision)
-            network = load_network(AutoModel, source, self.revision)
-            if network.config.model_type != "clip":
-                raise RewardError(f"{source!r} is a {type(network).__name__}; the reward 'clip' needs a CLIPModel")
-            self._network = network
-        return placed(self._network, images), self._preprocess
-
-    def _text(self, network: Any, prompt: str) -> Tensor:
-        """The embedding of one prompt. Each is computed alone, so that it does not depend on its neighbours."""
-        key = (prompt, network.dtype)
-        if key not in self._texts:
-            limit = network.config.text_config.max_position_embeddings
-            tokens = self._tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
-            features = network.get_text_features(**tokens.to(network.device))
-            if len(self._texts) >= KEPT_PROMPTS:
-                del self._texts[next(iter(self._texts))]
-            self._texts[key] = _unit(features)[0]
-        return self._texts[key]
+    def load(self) -> nn.Module:
+        source = str(bundled_path("emoji-scorer")) if self.model == "emoji" else self.model
+        network = load_towers(source, self.revision, self.name, ("clip", "siglip"))
+        self.preprocess = Preprocess.from_config(load_preprocessor_config(source, self.revision))
+        self.tokenizer = load_tokenizer(source, self.revision)
+        return network
 
 
-def _unit(features: Any) -> Tensor:
+def load_towers(source: str, revision: str | None, name: str, families: tuple[str, ...]) -> Any:
+    """A CLIPModel or SiglipModel from a Hub id or folder. Raises RewardError for another kind of model."""
+    from transformers import AutoModel
+
+    network = load_network(AutoModel, source, revision)
+    if network.config.model_type not in families:
+        needed = " or ".join(NEEDED[family] for family in families if family in NEEDED)
+        raise RewardError(f"{source!r} is a {type(network).__name__}; the reward {name!r} needs {needed}")
+    return network
+
+
+def text_inputs(tokenizer: Any, config: Any, prompt: str) -> dict[str, Tensor]:
+    """What the text tower takes for one prompt, cut where the tower ends."""
+    limit = config.text_config.max_position_embeddings
+    if config.model_type == "clip":
+        return dict(tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt"))
+    # SigLIP learnt from lower-case texts padded to their full length (arXiv 2303.15343, 2502.14786); the tokenizer that
+    # is published with SigLIP 2 keeps capitals. No mask hides the padding: the published tokenizers give none.
+    text = prompt.lower()
+    return dict(tokenizer([text], padding="max_length", truncation=True, max_length=limit, return_tensors="pt"))
+
+
+def unit(features: Any, dtype: torch.dtype) -> Tensor:
+    """Embeddings [B, D] of length 1, computed in `dtype`."""
     # transformers 5 returns an object, 4 the tensor itself
-    features = features if isinstance(features, Tensor) else features.pooler_output
+    features = (features if isinstance(features, Tensor) else features.pooler_output).to(dtype)
     return features / features.norm(dim=-1, keepdim=True)

@@ -7,6 +7,7 @@ by identifiers of the same length, so that every position stays true. Nothing is
 import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,9 +18,11 @@ REFERENCE = r"(?:[A-Za-z]:(?=[\\/]))?[\w.~/\\][\w.~/\\-]*:[A-Za-z_][\w.]*"
 
 _TOKEN = re.compile(
     r"""(?P<keep>"(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*')"""
-    rf"|(?P<name>{REFERENCE} | [^\W\d]\w*(?:\.\w+)*)|(?P<number>[\d.]+(?:[eE][+-]?\d+)?)|(?P<other>\S)",
+    rf"|(?P<name>{REFERENCE} | [^\W\d]\w*(?:\.\w+)*)|(?P<number>[\d.]+(?:[eE][+-]?\d+)?)"
+    r"|(?P<space>\s)|(?P<other>\S)",
     re.VERBOSE,
 )
+_POINTED = re.compile(r"\n  [^\n]*\n  \s*\^\Z")
 _ALLOWED = set("+-*()[]{},:=")
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -33,7 +36,11 @@ def read_expression(text: str, make: Make) -> Any:
     masked = _mask(text)
     start = len(masked) - len(masked.lstrip())
     try:
-        tree = ast.parse(masked[start:], mode="eval")
+        with warnings.catch_warnings():
+            # Python's words about its own language: "invalid escape sequence" in a Windows path, "2or" and the like.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tree = ast.parse(masked[start:], mode="eval")
         return _Reader(text, masked, start, make).value(tree.body)
     except SyntaxError as error:
         place = start + error.offset - 1 if error.offset else len(text)  # Python gives none at the end
@@ -55,7 +62,7 @@ class _Reader:
             case ast.Name():
                 return self.named(node, node, (), {})
             case ast.Call(func=ast.Name() as name, args=args, keywords=keywords) if all(k.arg for k in keywords):
-                given = {str(keyword.arg): self.value(keyword.value) for keyword in keywords}
+                given = {self.keyword(keyword): self.value(keyword.value) for keyword in keywords}
                 if len(given) < len(keywords):
                     raise self.at(node, "an argument is given twice")
                 return self.named(node, name, tuple(self.value(arg) for arg in args), given)
@@ -76,6 +83,11 @@ class _Reader:
             return self.make(self.text[start:end], args, kwargs)
         except RewardError as error:
             raise self.at(node, str(error)) from error
+
+    def keyword(self, node: ast.keyword) -> str:
+        """The true name of an argument, which the mask may have changed."""
+        start = self.place(node.col_offset)
+        return self.text[start : start + len(node.arg or "")]
 
     def combined(self, node: ast.AST, do: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
         message = "rewards are added and subtracted, and multiplied with numbers; this is neither"
@@ -98,13 +110,16 @@ def _mask(text: str) -> str:
     def identifier(match: re.Match[str]) -> str:
         if match["name"]:
             return re.sub(r"^\d|[^A-Za-z0-9_]", "_", match["name"], flags=re.ASCII)
+        if match["space"]:
+            return " "
         if match["other"] and match["other"] not in _ALLOWED:
             raise _error(text, match.start(), f"{match['other']!r} has no meaning in a reward expression")
         return match[0]
 
-    return re.sub(r"\s", " ", _TOKEN.sub(identifier, text))
+    return _TOKEN.sub(identifier, text)
 
 
 def _error(text: str, position: int, message: str) -> RewardError:
     line = re.sub(r"\s", " ", text)
+    message = _POINTED.sub("", message)  # of an expression inside: this one's caret is enough
     return RewardError(f"{message}\n  {line}\n  {' ' * min(max(position, 0), len(line))}^")

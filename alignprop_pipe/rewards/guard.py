@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from alignprop_pipe.errors import AlignError, RewardError, RewardGradientError, RewardValueError
 from alignprop_pipe.records import Images, Targets
 from alignprop_pipe.rewards import base
-from alignprop_pipe.rewards.base import Reward, WeightedSum, members
+from alignprop_pipe.rewards.base import Combination, Reward, members
 
 _LEFT_TORCH = "leaves torch for NumPy or plain Python; compute the score by torch operations"
 _WHOLE = "casts to whole numbers; stay in floating point"
@@ -41,19 +41,24 @@ _BETWEEN = (__file__, str(Path(torch.__file__).parent), str(Path(jaxtyping.__fil
 def check_reward(reward: Reward, images: Images, prompts: list[str], targets: Targets) -> None:
     """Call the reward once on a small batch and follow the gradient back to the pixels.
 
+    Every reward inside a combination is looked at for itself: `min` of two would hide the larger one, and `clip_above`
+    rightly has no slope where noise scores well. So nothing need be calibrated yet. What is watched is left out.
     Gradient mode must be on. Raises RewardShapeError, RewardGradientError or RewardValueError; RewardError for a judge
     and for a reward that fails.
     """
-    for member in members(reward):
-        if not member.trainable and not isinstance(member, WeightedSum):
+    terms = list(reward.trained())
+    if not terms:
+        raise RewardError(f"{reward} is only watched, so nothing is left to train on; add a reward: clip + {reward}")
+    for member in [member for term in terms for member in members(term)]:
+        if not member.trainable and not isinstance(member, Combination):
             raise RewardError(
                 f"{member.name} is only watched: a judge that is trained on can no longer judge. Take it out of the "
-                "reward and name it as a judge (judges=...)"
+                f"reward and name it as a judge (judges=...), or write watch({member.name})"
             )
     if len(images) == 1:  # one score for the whole batch would pass for one score per image
         images, prompts = torch.cat([images, images.flip(-1)]), prompts * 2
         targets = {name: [*values, *values] for name, values in targets.items()}
-    for term in reward.children() if isinstance(reward, WeightedSum) else (reward,):
+    for term in terms:
         _check(term, images, prompts, targets)
 
 

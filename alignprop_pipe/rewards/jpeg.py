@@ -32,6 +32,7 @@ class Jpeg(Reward):
     """
 
     name = "jpeg"
+    reads_prompts = False
 
     def __init__(self, quality: int = 80) -> None:
         if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:

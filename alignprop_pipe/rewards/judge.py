@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
-from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.network import NetworkReward
 from alignprop_pipe.rewards.preprocess import Preprocess
-from alignprop_pipe.rewards.pretrained import load_network, load_preprocessor_config, placed, usable
+from alignprop_pipe.rewards.pretrained import load_network, load_preprocessor_config
 
 _NUMERALS = {"1": "one", "2": "two", "3": "three", "4": "four"}
 
 
-class AttributeJudge(Reward):
+class AttributeJudge(NetworkReward):
     """1.0 for a picture where every attribute that its targets name is right, else 0.0.
 
     `model` is a transformers image classifier whose labels are `attribute:value` ("subject:dog"); "emoji" is the
@@ -27,11 +27,17 @@ class AttributeJudge(Reward):
 
     name = "emoji_judge"
     trainable = False
+    reads_prompts = False
 
     def __init__(self, model: str | Path = "emoji", revision: str | None = None) -> None:
-        self.model, self.revision = str(model), revision
-        self._network: Any = None
-        self._preprocess: Preprocess | None = None
+        super().__init__(model, revision)
+
+    def load(self) -> nn.Module:
+        from transformers import AutoModelForImageClassification
+
+        source = str(bundled_path("emoji-judge")) if self.model == "emoji" else self.model
+        self._preprocess = Preprocess.from_config(load_preprocessor_config(source, self.revision))
+        return load_network(AutoModelForImageClassification, source, self.revision)
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         right = self._right(images, targets)
@@ -44,8 +50,8 @@ class AttributeJudge(Reward):
 
     def predict(self, images: Images) -> dict[str, list[str]]:
         """The likeliest value of each attribute, one per image."""
-        network, preprocess = self._loaded(images)
-        logits = network(pixel_values=preprocess(images.detach())).logits
+        network = self.network_for(images)
+        logits = network(pixel_values=self._preprocess(images.detach())).logits
         best = {}
         for attribute, labels in _groups(self.model, network.config.id2label).items():
             values = list(labels)
@@ -55,7 +61,7 @@ class AttributeJudge(Reward):
 
     def _right(self, images: Images, targets: Targets) -> dict[str, Rewards]:
         """For each attribute that is asked for: 1.0 right, 0.0 wrong, NaN where a prompt's target is None."""
-        network, _ = self._loaded(images)
+        network = self.network_for(images)
         groups = _groups(self.model, network.config.id2label)
         columns = {name: targets[name] for name in groups if name in targets}
         asked = {name: [_known(name, value, groups[name]) for value in column] for name, column in columns.items()}
@@ -72,15 +78,6 @@ class AttributeJudge(Reward):
                     [math.nan if wanted is None else wanted == got for wanted, got in pairs]
                 )
         return right
-
-    def _loaded(self, images: Images) -> tuple[Any, Preprocess]:
-        from transformers import AutoModelForImageClassification
-
-        if self._network is None or self._preprocess is None or not usable(self._network):
-            source = str(bundled_path("emoji-judge")) if self.model == "emoji" else self.model
-            self._preprocess = Preprocess.from_config(load_preprocessor_config(source, self.revision))
-            self._network = load_network(AutoModelForImageClassification, source, self.revision)
-        return placed(self._network, images), self._preprocess
 
 
 def _groups(source: str, labels: Mapping[Any, str]) -> dict[str, dict[str, int]]:

@@ -15,6 +15,7 @@ from alignprop_pipe.records import Images
 Resized = Float[Tensor, "batch 3 new_height new_width"]
 
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class Preprocess:
     """Resize, centre crop, normalise: the recipe in a model's preprocessor_config.json.
 
     `size` is the shorter side, or (height, width); `crop` is (height, width). None leaves that step out.
+    `crop_rounds`: half a pixel beside the crop is rounded to even, as torchvision does; transformers rounds down.
+    `letterbox`: `size` is the longer side, black is added to a square of it, and pictures are resized as tensors, in
+    one pass and past 0 and 1 at hard edges.
     """
 
     size: int | tuple[int, int] | None
@@ -29,6 +33,8 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: str = "bicubic"
+    crop_rounds: bool = False
+    letterbox: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
@@ -56,9 +62,12 @@ class Preprocess:
     def __call__(self, images: Images) -> Resized:
         """`images` in [0, 1], any height and width, to what the network takes; float64 stays, all else is float32."""
         images = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
-        images = resize(images, target_size(images, self.size), self.resample)
+        if self.letterbox and isinstance(self.size, int):
+            images = letterbox(images, self.size, self.resample)
+        else:
+            images = resize(images, target_size(images, self.size), self.resample)
         if self.crop is not None:
-            images = center_crop(images, self.crop)
+            images = center_crop(images, self.crop, self.crop_rounds)
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
@@ -84,8 +93,18 @@ def resize(images: Images, size: tuple[int, int], resample: str = "bicubic") -> 
     return images
 
 
-def center_crop(images: Images, size: tuple[int, int]) -> Resized:
-    """The middle `size` of the images; black is added where they are smaller."""
+def letterbox(images: Images, side: int, resample: str = "bicubic") -> Resized:
+    """The longer side resized to `side`, then black on both sides of the shorter one, the odd pixel right or below."""
+    scale = side / max(images.shape[-2:])
+    height, width = (max(1, round(length * scale)) for length in images.shape[-2:])
+    if tuple(images.shape[-2:]) != (height, width):
+        images = F.interpolate(images, size=(height, width), mode=resample, antialias=True, align_corners=False)
+    down, across = side - height, side - width
+    return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+
+def center_crop(images: Images, size: tuple[int, int], rounds: bool = False) -> Resized:
+    """The middle `size` of the images; black is added where they are smaller. `rounds`: as `Preprocess.crop_rounds`."""
     (height, width), (wanted_height, wanted_width) = images.shape[-2:], size
     down, across = max(wanted_height - height, 0), max(wanted_width - width, 0)
     if down or across:
@@ -93,7 +112,8 @@ def center_crop(images: Images, size: tuple[int, int]) -> Resized:
         above, left = (down + 1) // 2, (across + 1) // 2
         images = F.pad(images, (left, across - left, above, down - above))
         height, width = images.shape[-2:]
-    top, left = (height - wanted_height) // 2, (width - wanted_width) // 2
+    beside = (height - wanted_height, width - wanted_width)
+    top, left = (round(pixels / 2) if rounds else pixels // 2 for pixels in beside)
     return images[..., top : top + wanted_height, left : left + wanted_width]
 
 

@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from alignprop_pipe.errors import RewardError
 
 
@@ -39,8 +36,16 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        # Without its files transformers makes an empty one, to which all texts are the same.
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise OSError("the tokenizer knows no words: tokenizer.json, or vocab.json with merges.txt, is missing")
+        return tokenizer
     except Exception as error:
+        if "sentencepiece" in str(error).lower():
+            raise RewardError(
+                f"the tokenizer of {source!r} needs a package that is not installed: pip install sentencepiece protobuf"
+            ) from error
         raise not_loaded(source, error) from error
 
 
@@ -68,16 +73,6 @@ def not_loaded(source: str, error: Exception) -> RewardError:
         f"Hub. Check the spelling; or, on a machine with a network, run `hf download {source} --local-dir FOLDER`, "
         f"bring FOLDER here and give its path as model. The folder needs {needed}. ({reason})"
     )
-
-
-def placed(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network where the images are: on their device, in float64 for float64 images and in float32 otherwise."""
-    return network.to(images.device, torch.float64 if images.dtype == torch.float64 else torch.float32)
-
-
-def usable(network: nn.Module) -> bool:
-    """Whether a network that was loaded before can be used: one loaded in inference mode can't enter autograd."""
-    return torch.is_inference_mode_enabled() or not any(weight.is_inference() for weight in network.parameters())
 
 
 def _key(entry: Any) -> str:

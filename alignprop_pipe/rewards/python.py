@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from alignprop_pipe.rewards.base import Reward, check_scores, literal
 from alignprop_pipe.rewards.expression import REFERENCE
 
 _INPUTS = ("images", "prompts", "targets")
+_FILE_MODULE = "alignprop_reward_"
 
 
 class PythonReward(Reward):
@@ -43,7 +44,9 @@ class PythonReward(Reward):
             if options:
                 raise RewardError(f"{source!r} is made already and takes no {', '.join(options)}")
         else:
-            _arguments(self.name, found, dict.fromkeys(_INPUTS), options)
+            told = object()
+            args, kwargs = _arguments(self.name, found, {**dict.fromkeys(_INPUTS), "prompts": told}, options)
+            self.reads_prompts = any(value is told for value in (*args, *kwargs.values()))
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         if isinstance(self.inner, Reward):
@@ -59,22 +62,55 @@ class PythonReward(Reward):
     def children(self) -> tuple[Reward, ...]:
         return (self.inner,) if isinstance(self.inner, Reward) else ()
 
+    def trained(self) -> Iterator[Reward]:
+        return self.inner.trained() if isinstance(self.inner, Reward) else super().trained()
+
+    def rebuilt(self, change: Callable[[Reward], Reward]) -> Reward:
+        # The name of the place would not hold what was changed; the reward's own text does.
+        return change(self.inner) if isinstance(self.inner, Reward) else self
+
     def __str__(self) -> str:
         source = self._args[0] if self._args else self._kwargs["source"]
-        text = source if isinstance(source, str) else _reference(source)
+        text = source if isinstance(source, str) else reference(source)
         given = [f"{name}={literal(value)}" for name, value in self._kwargs.items() if name != "source"]
         if re.fullmatch(REFERENCE, text):
             return f"{text}({', '.join(given)})" if given else text
         return f"python({', '.join([literal(text), *given])})"
 
 
-def resolve(reference: str) -> Any:
+def named(name: str, source: Callable[..., Any]) -> type[Reward]:
+    """What makes the rewards called `name`, in the log and in expressions: they call `source`.
+
+    For a reward that is made already, `name` is short for its expression.
+    """
+    if isinstance(source, Reward):
+
+        class Alias(Reward):
+            """Gives the reward itself."""
+
+            def __new__(cls) -> Any:
+                return source
+
+        return Alias
+
+    class Named(PythonReward):
+        """The function as a reward; keyword arguments are passed on to it."""
+
+        __str__ = Reward.__str__
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(source, **options)
+            self.name = name
+
+    return Named
+
+
+def resolve(text: str) -> Any:
     """What `module:function` or `file.py:function` names. Raises RewardError that says which half is missing."""
-    place, _, attribute = reference.rpartition(":")
+    place, _, attribute = text.rpartition(":")
     if not (place and attribute):
-        raise RewardError(f"{reference!r} names no function: write module:function or file.py:function")
-    module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    found = module
+        raise RewardError(f"{text!r} names no function: write module:function or file.py:function")
+    found = load_module(place)
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
@@ -82,6 +118,11 @@ def resolve(reference: str) -> Any:
             raise RewardError(f"{place} has no {part!r}; it has: {', '.join(close) or 'no function at all'}")
         found = getattr(found, part)
     return found
+
+
+def load_module(place: str) -> ModuleType:
+    """Run a file (`my/rewards.py`) or import a module by its name. Raises RewardError."""
+    return _file(Path(place)) if place.endswith(".py") else _module(place)
 
 
 def _file(path: Path) -> ModuleType:
@@ -92,7 +133,7 @@ def _file(path: Path) -> ModuleType:
         minus = " (a minus between two rewards needs spaces around it)" if "-" in str(path) else ""
         raise RewardError(f"there is no file {str(path)!r} in {Path.cwd()}{hint}{minus}")
     # A name of its own: dataclasses and pickling inside the file look the module up in sys.modules.
-    name = f"alignprop_reward_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}"
+    name = f"{_FILE_MODULE}{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RewardError(f"{str(path)!r} cannot be loaded as Python")
@@ -163,9 +204,10 @@ def _name(source: str | Callable[..., Any], found: Any) -> str:
     return re.sub(r"\W+", "_", text.rpartition(":")[2]).strip("_") or "python"
 
 
-def _reference(function: Any) -> str:
-    """Where a function is, as far as it can be said: one made in a script run as such is named by its file."""
+def reference(function: Any) -> str:
+    """Where a function is, as far as it can be said: one made in a script, or in a file that was run, by its file."""
     module = getattr(function, "__module__", None) or type(function).__module__
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     file = getattr(sys.modules.get(module), "__file__", None)
-    return f"{file if module == '__main__' and file else module}:{name}"
+    by_file = file and (module == "__main__" or module.startswith(_FILE_MODULE))
+    return f"{file if by_file else module}:{name}"

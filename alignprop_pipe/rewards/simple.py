@@ -17,6 +17,7 @@ class Brightness(Reward):
     """Mean luma: 0 (black) to 1 (white)."""
 
     name = "brightness"
+    reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         return luma(images).mean(dim=(1, 2))
@@ -26,6 +27,7 @@ class Colour(Reward):
     """Colourfulness (Hasler and Suesstrunk, 2003): 0 (grey) to about 1; vivid photographs 0.4 (109 / 255)."""
 
     name = "colour"
+    reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         red, green, blue = images.unbind(dim=1)
@@ -39,6 +41,7 @@ class Sharpness(Reward):
     """Variance of the Laplacian of the luma: 0 (flat) to 16 (a chessboard of pixels); photographs about 0.01."""
 
     name = "sharpness"
+    reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         grey = luma(images)[:, None]
@@ -51,6 +54,7 @@ class TotalVariation(Reward):
     """Mean absolute step to the right and lower neighbour: 0 (flat) to 2. As `-tv` it makes pictures calm."""
 
     name = "tv"
+    reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         across = images.diff(dim=3, append=images[..., -1:]).abs()
@@ -62,6 +66,7 @@ class Symmetry(Reward):
     """Minus the mean squared difference between a picture and its mirror image: -1 to 0 (symmetric)."""
 
     name = "symmetry"
+    reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         return -(images - images.flip(dims=(3,))).square().mean(dim=(1, 2, 3))

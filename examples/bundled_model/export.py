@@ -11,7 +11,7 @@ import torch
 from common import WORK
 from diffusers import DiffusionPipeline
 from train_denoiser import CLEAN_STEPS, WEAK_STEPS, WRONG
-from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer
+from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, Owlv2ForObjectDetection
 
 MODELS = Path(__file__).parents[2] / "alignprop_pipe" / "models"
 
@@ -24,6 +24,7 @@ license: apache-2.0
 |---|---|---|
 | `emoji` | text-to-image, 64x64: one to four emoji of one kind on a plain background | Stable Diffusion folder |
 | `emoji-scorer` | how well such a picture and a prompt agree: the default reward | CLIPModel of transformers |
+| `emoji-detector` | finds objects by name: the rewards `count`, `contains`, `without` | Owlv2ForObjectDetection |
 | `emoji-judge` | reads subject, number, background; watched, never trained on | ResNetForImageClassification |
 
 Trained by `examples/bundled_model` from one seed. The base was trained on true captions for {clean} steps and then for
@@ -59,6 +60,12 @@ def scorer(source: Path, target: Path) -> None:
 
 def judge(source: Path, target: Path) -> None:
     AutoModelForImageClassification.from_pretrained(source).half().save_pretrained(target)
+    shutil.copy(source / "preprocessor_config.json", target)
+
+
+def detector(source: Path, target: Path) -> None:
+    Owlv2ForObjectDetection.from_pretrained(source).half().save_pretrained(target)
+    CLIPTokenizer.from_pretrained(source).save_pretrained(target)
     shutil.copy(source / "preprocessor_config.json", target)
 
 
@@ -98,6 +105,7 @@ def main() -> None:
         ("emoji", WORK / "weak", emoji),
         ("emoji-scorer", WORK / "scorer", scorer),
         ("emoji-judge", WORK / "judge", judge),
+        ("emoji-detector", WORK / "detector", detector),
     ):
         shutil.rmtree(MODELS / name, ignore_errors=True)
         write(source, MODELS / name)

@@ -22,31 +22,37 @@ def every_label() -> np.ndarray:
 
 
 @torch.no_grad()
-def decoded(images: np.ndarray, generator: torch.Generator, most: float = 0.3) -> Tensor:
+def decoded(
+    images: np.ndarray, generator: torch.Generator, most: float = 0.3, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     """The same pictures after the autoencoder, with latent noise of up to `most` deviations; uint8 [n, 3, 64, 64]."""
-    vae = AutoencoderTiny.from_pretrained(WORK / "vae", dtype=torch.bfloat16)
+    vae = AutoencoderTiny.from_pretrained(WORK / "vae", dtype=dtype)
     vae = vae.to(memory_format=torch.channels_last)
     made = []
     for start in range(0, len(images), 64):
-        latents = vae.encode((pixels(images[start : start + 64]) * 2 - 1).bfloat16()).latents
+        latents = vae.encode((pixels(images[start : start + 64]) * 2 - 1).to(dtype)).latents
         strength = most * torch.rand(len(latents), 1, 1, 1, generator=generator)
         latents = latents + strength * torch.randn(latents.shape, generator=generator)
-        made.append(((vae.decode(latents.bfloat16()).sample.float() + 1) * 127.5).clamp(0, 255).round().byte())
+        made.append(((vae.decode(latents.to(dtype)).sample.float() + 1) * 127.5).clamp(0, 255).round().byte())
     return torch.cat(made)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every picture, float [n, 3, h, w] in [0, 1], a little moved, recoloured, and at times blurred or noisy."""
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(len(images), *shape, generator=generator)
-
     height, width = images.shape[-2:]
     padded = pad(images, (SHIFT,) * 4, mode="replicate")
     corners = torch.randint(0, 2 * SHIFT + 1, (CHUNKS, 2), generator=generator).tolist()
     parts = zip(padded.chunk(CHUNKS), corners, strict=False)
-    moved = torch.cat([part[..., y : y + height, x : x + width] for part, (y, x) in parts])
-    coloured = moved * (0.9 + 0.2 * uniform(3, 1, 1)) + 0.08 * (uniform(3, 1, 1) - 0.5)
+    return recoloured(torch.cat([part[..., y : y + height, x : x + width] for part, (y, x) in parts]), generator)
+
+
+def recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
+    """As `augment`, but everything stays in its place."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(len(images), *shape, generator=generator)
+
+    coloured = images * (0.9 + 0.2 * uniform(3, 1, 1)) + 0.08 * (uniform(3, 1, 1) - 0.5)
     soft = avg_pool2d(pad(coloured, (1,) * 4, mode="replicate"), 3, stride=1)
     blurred = coloured.lerp(soft, (2 * uniform(1, 1, 1) - 1).clamp(min=0))
     strength = 0.12 * (2 * uniform(1, 1, 1) - 1).clamp(min=0)

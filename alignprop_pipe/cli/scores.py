@@ -1,0 +1,342 @@
+"""The commands `score`, `rewards` and `rewards check`: pictures to scores, and what each reward is and costs."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alignprop_pipe.cli import console
+from alignprop_pipe.cli.opening import find_device, import_rewards, open_reward
+from alignprop_pipe.cli.options import CheckRequest, RewardsRequest, ScoreRequest, options_from
+from alignprop_pipe.files import write_whole
+
+if TYPE_CHECKING:
+    from alignprop_pipe.rewards.base import Reward
+    from alignprop_pipe.rewards.registry import RewardEntry
+    from alignprop_pipe.scoring import Found, Scored, Skipped, Task, Trial
+
+SCORE_EXAMPLES = """[bold]Examples[/]
+
+alignprop score samples --reward clip               [dim]# prompts: from the files that 'alignprop sample' wrote[/]
+
+alignprop score *.jpg --reward "clip + 0.1*jpeg" --prompt "a fox in the snow" --csv scores.csv
+
+alignprop score samples --reward emoji_judge --prompts emoji
+
+alignprop score pictures --reward warmth --import my_rewards.py --json"""
+
+CHECK_EXAMPLES = """[bold]Examples[/]
+
+alignprop rewards check "clip + 0.1*jpeg"
+
+alignprop rewards check my_reward.py:score --size 1024 --batch-size 4"""
+
+STDOUT = "-"
+
+
+# --- score -----------------------------------------------------------------------------------------------------------
+
+
+@options_from(ScoreRequest)
+def score(request: ScoreRequest) -> None:
+    """Score picture files by a reward: the best first, with mean and standard deviation.
+
+    The prompt of a picture is read from its file where none is given.
+    Pictures are turned as their EXIF says, transparent ones are laid over white, and of animations
+    the first frame is taken. A damaged file is named and left out; the exit code is then 1.
+    """
+    output = console.Output(quiet=request.quiet, json=request.json, stderr=request.csv == STDOUT)
+    text, device = _checked(request), find_device(request.device)
+    with console.waiting(output, f"loading reward {text}"):
+        reward = open_reward(text, request, output)
+        from alignprop_pipe.scoring import Found, find_pictures
+
+        heads = find_pictures(request.images)
+    tasks = _tasks([head for head in heads if isinstance(head, Found)], reward, request)
+    outcome = Outcome(skipped=[head for head in heads if not isinstance(head, Found)])
+    for one in outcome.skipped:
+        _say_skipped(one, output)
+    with _Bar(output, len(tasks)) as bar:
+        _score_all(outcome, reward, tasks, device, request.batch_size, bar, output)
+    outcome.scored.sort(key=lambda one: -one.score)
+    _tell(outcome, reward, request, output)
+    if outcome.interrupted:
+        scored = len(outcome.scored)
+        typer.echo(f"interrupted after {scored} of {console.counted(len(tasks), 'picture')}", err=True)
+        raise typer.Exit(console.INTERRUPTED)
+    if outcome.failed:
+        raise typer.Exit(console.FAILED)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the files so far."""
+
+    skipped: "list[Skipped]"
+    scored: "list[Scored]" = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def failed(self) -> int:
+        return sum(one.failed for one in self.skipped)
+
+
+def _score_all(
+    outcome: Outcome,
+    reward: "Reward",
+    tasks: "Sequence[Task]",
+    device: Any,
+    batch_size: int,
+    bar: "_Bar",
+    output: console.Output,
+) -> None:
+    """Fill `outcome`; Ctrl-C ends it early, and what is scored by then is kept."""
+    from alignprop_pipe.scoring import Scored, score_files
+
+    try:
+        for result in score_files(reward, tasks, device=device, batch_size=batch_size):
+            bar.advance()
+            if isinstance(result, Scored):
+                outcome.scored.append(result)
+            else:
+                outcome.skipped.append(result)
+                _say_skipped(result, output)
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+
+
+def _checked(request: ScoreRequest) -> str:
+    """The reward's text. Raises typer.BadParameter for flags that lack or do not go together."""
+    wrong = typer.BadParameter
+    if not request.reward:
+        raise wrong(
+            "what should the pictures be scored by? For example --reward clip (list: alignprop rewards)",
+            param_hint="--reward",
+        )
+    if request.prompt is not None and request.prompts is not None:
+        raise wrong("give --prompts or --prompt, not both", param_hint="--prompt")
+    if request.csv == STDOUT and request.json:
+        raise wrong("CSV and JSON cannot both go to stdout: give --csv a file", param_hint="--csv")
+    if request.csv and request.csv != STDOUT:
+        path = Path(request.csv).expanduser()
+        if path.is_dir() or not path.parent.is_dir():
+            raise wrong(f"{request.csv!r} cannot be a file: its folder has to be there", param_hint="--csv")
+    return request.reward
+
+
+def _tasks(found: "Sequence[Found]", reward: "Reward", request: ScoreRequest) -> "list[Task]":
+    from alignprop_pipe.prompts import PromptSet
+    from alignprop_pipe.scoring import Task, assign, assign_own
+
+    if request.prompt is not None:
+        return [Task(picture.path, request.prompt) for picture in found]
+    if request.prompts is not None:
+        return assign(found, PromptSet.load(request.prompts))
+    return assign_own(found, reward)
+
+
+class _Bar:
+    """A progress bar on stderr, where that is a terminal, and nothing otherwise."""
+
+    def __init__(self, output: console.Output, total: int) -> None:
+        self._bar = console.counting_bar() if total and not output.quiet else None
+        self._total, self._task = total, None
+
+    def __enter__(self) -> "_Bar":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("scoring", total=self._total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+
+def _say_skipped(one: "Skipped", output: console.Output) -> None:
+    if one.failed:
+        typer.echo(f"skipped: {_shown(one.path)}: {one.reason}", err=True)
+    else:
+        output.say(f"left out: {_shown(one.path)}: {one.reason}")
+
+
+# --- what is said of scores ------------------------------------------------------------------------------------------
+
+
+def _tell(outcome: Outcome, reward: "Reward", request: ScoreRequest, output: console.Output) -> None:
+    """The table, the files that were asked for, and the line that stays under --quiet."""
+    from alignprop_pipe.scoring import mean_and_deviation
+
+    scored, failed = outcome.scored, outcome.failed
+    columns = _columns(scored)
+    spreads = {name: mean_and_deviation(value(one) for one in scored) for name, value in columns.items()}
+    for one in scored:
+        about = {"file": _shown(one.path), "prompt": one.prompt, "score": one.score, "parts": one.parts}
+        output.record("score", about)
+    if scored:
+        _table(scored, columns, spreads, reward, output)
+    if request.csv:
+        _write_csv(scored, columns, request.csv)
+    mean, deviation = spreads["score"]
+    facts = {name: {"mean": mean, "deviation": deviation} for name, (mean, deviation) in spreads.items()}
+    output.record("summary", {"reward": str(reward), "pictures": len(scored), "skipped": failed, "columns": facts})
+    words = [f"{console.counted(len(scored), 'picture')} scored"] + [f"{failed} skipped"] * bool(failed)
+    if scored:
+        words += [f"mean {mean:.4g}"] + [f"standard deviation {deviation:.2g}"] * math.isfinite(deviation)
+    output.result(", ".join(words))
+
+
+def _columns(scored: "Sequence[Scored]") -> "dict[str, Callable[[Scored], float]]":
+    """Every column of numbers: the score, then each part in the order in which it came; NaN where one lacks it."""
+    parts = dict.fromkeys(name for one in scored for name in one.parts)
+
+    def part(name: str) -> "Callable[[Scored], float]":
+        return lambda one: one.parts.get(name, math.nan)
+
+    return {"score": lambda one: one.score, **{name if name != "score" else "part score": part(name) for name in parts}}
+
+
+def _table(
+    scored: "Sequence[Scored]",
+    columns: "dict[str, Callable[[Scored], float]]",
+    spreads: dict[str, tuple[float, float]],
+    reward: "Reward",
+    output: console.Output,
+) -> None:
+    """Columns that repeat the score are left out here, and so is the prompt where it is the same for all."""
+    score_of = columns["score"]
+    shown = [name for name, value in columns.items() if name == "score" or any(value(o) != score_of(o) for o in scored)]
+    prompts = len({one.prompt for one in scored}) > 1
+    rows = [
+        [_shown(one.path), *(_number(columns[name](one)) for name in shown), *([one.prompt] if prompts else [])]
+        for one in scored
+    ]
+    foot = ["mean\nstandard deviation", *("\n".join(map(_number, spreads[name])) for name in shown)]
+    names = ["file", *shown, *(["prompt"] if prompts else [])]
+    title = f"{reward}, best first"
+    if not prompts and scored[0].prompt:
+        title += f"; prompt: {scored[0].prompt}"
+    output.say(title)
+    output.table("", names, rows, numbers=range(1, len(shown) + 1), footers=[*foot, ""][: len(names)])
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else ""
+
+
+def _shown(path: Path) -> str:
+    """A path as text that any terminal takes: names of files need not be UTF-8."""
+    return str(path).encode("utf-8", "replace").decode()
+
+
+def _write_csv(scored: "Sequence[Scored]", columns: "dict[str, Callable[[Scored], float]]", place: str) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "prompt", *columns])
+    for one in scored:
+        numbers = (value(one) for value in columns.values())
+        writer.writerow([_shown(one.path), one.prompt, *("" if math.isnan(number) else number for number in numbers)])
+    if place == STDOUT:
+        typer.echo(text.getvalue(), nl=False)
+    else:
+        write_whole(Path(place).expanduser(), text.getvalue())
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+rewards = typer.Typer(rich_markup_mode="rich")
+
+
+@rewards.callback(invoke_without_command=True)
+@options_from(RewardsRequest)
+def listed(request: RewardsRequest) -> None:
+    """List the rewards that --reward takes by name; `rewards check EXPR` tries one."""
+    if request.subcommand is not None:
+        return
+    from alignprop_pipe.rewards.registry import REGISTRY
+
+    import_rewards(request.imports)
+    output = console.Output(quiet=request.json, json=request.json)
+    for entry in REGISTRY.values():
+        output.record("entry", _entry_record(entry))
+    titles = ("name", "what it measures, and its range", "default weights, their licence", "here")
+    output.table("", titles, [_entry_row(entry) for entry in REGISTRY.values()])
+    output.say("here: whether the weights are on this machine. memory: what they fill there, in float32")
+    output.say("add, scale and negate them: 'clip + 0.1*jpeg'; or your own: file.py:function, or --import FILE")
+
+
+def _entry_record(entry: "RewardEntry") -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "summary": entry.summary,
+        "range": entry.range_text,
+        "licence": entry.licence,
+        "weights": [{"repository": source, "file": file} for source, file in entry.weights],
+        "bundled": entry.bundled,
+        "size_mb": entry.size_mb,
+        "memory_mb": entry.memory_mb,
+        "here": entry.here,
+        "judge": entry.judge,
+    }
+
+
+def _entry_row(entry: "RewardEntry") -> list[str]:
+    sources = ", ".join(dict.fromkeys(source for source, _ in entry.weights))
+    weights = f"bundled: {entry.bundled}" if entry.bundled else sources
+    sizes = [f"{_size(entry.size_mb)} to download"] * (entry.size_mb > 0)
+    sizes += [f"{_size(entry.memory_mb)} of memory"] * (entry.memory_mb > 0)
+    about = "\n".join(text for text in (weights, ", ".join(sizes), entry.licence) if text)
+    measures = entry.summary + (f"\nrange: {entry.range_text}" if entry.range_text else "")
+    return [entry.name, measures, about, {True: "yes", False: "no", None: "-"}[entry.here]]
+
+
+def _size(mb: float) -> str:
+    return f"{mb / 1000:.1f} GB" if mb >= 1000 else f"{mb:.0f} MB" if mb >= 10 else f"{mb:.1f} MB"
+
+
+# --- rewards check ---------------------------------------------------------------------------------------------------
+
+
+@rewards.command(epilog=CHECK_EXAMPLES)
+@options_from(CheckRequest)
+def check(request: CheckRequest) -> None:
+    """Try a reward on one random batch, as training does before it starts: score, gradient, time, memory.
+
+    A reward that cannot train is refused, in words that say what and where; the command then ends with exit code 1.
+    """
+    output = console.Output(quiet=request.quiet, json=request.json)
+    device = find_device(request.device)
+    with console.waiting(output, f"trying {request.reward} on {device}"):
+        reward = open_reward(request.reward, request, output)
+        from alignprop_pipe.scoring import on_trial, random_batch, try_reward
+
+        images, batch = random_batch(request.batch_size, request.size, request.prompt, device)
+        trials = [try_reward(one, images, batch) for one in on_trial(reward)]
+    for trial in trials:
+        output.record("check", {**console.plain(trial), "ok": not trial.refusal})
+    titles = ("reward", "score", "gradient", "seconds", "weights MB", "batch MB", "")
+    title = f"{console.counted(request.batch_size, 'random picture')} of {request.size}x{request.size} on {device}"
+    output.table(title, titles, [_trial_row(trial) for trial in trials], numbers=range(1, len(titles) - 1))
+    refused = [trial for trial in trials if trial.refusal]
+    if not refused:
+        return output.result(f"ok: {reward} can train")
+    for text in dict.fromkeys(trial.refusal for trial in refused):
+        typer.echo(f"refused: {text}", err=True)
+    raise typer.Exit(console.FAILED)
+
+
+def _trial_row(trial: "Trial") -> list[str]:
+    if trial.refusal:
+        return [trial.reward, "", "", "", "", "", "refused"]
+    numbers = (trial.gradient_norm, trial.seconds, trial.weights_mb, trial.activations_mb)
+    spread = f"{trial.lowest:.4g} to {trial.highest:.4g}"
+    return [trial.reward, spread, *(f"{value:.3g}" for value in numbers), "ok"]

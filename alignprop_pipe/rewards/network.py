@@ -1,0 +1,77 @@
+"""`NetworkReward`: a reward that a frozen pretrained network gives, loaded at the first score.
+
+Images [B, 3, H, W] in [0, 1]. The network is where the images are and computes in `dtype`, or in float64 for float64
+images. With `offload` it visits the images' device for one score at a time.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignprop_pipe.errors import RewardError
+from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.base import Reward
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NetworkReward(Reward):
+    """Base of scorers. A subclass writes `load`, which gives the network, and `rate`, which scores with it.
+
+    Args:
+        model: Hub id, folder or file of the weights.
+        revision: branch, tag or commit on the Hub.
+        dtype: number format of the network: "float32", "bfloat16" or "float16".
+        offload: keep the network in main memory between scores. The slope of each score with respect to its picture
+            is then computed at once, so that neither network nor activations wait for the backward pass.
+    """
+
+    def __init__(
+        self, model: str | Path, revision: str | None = None, dtype: str = "float32", offload: bool = False
+    ) -> None:
+        if dtype not in DTYPES:
+            raise RewardError(f"{self.name}(dtype={dtype!r}): one of {', '.join(DTYPES)} is needed")
+        self.model, self.revision, self.dtype, self.offload = str(model), revision, dtype, offload
+        self._network: Any = None
+
+    def load(self) -> nn.Module:
+        """The network, frozen, on the CPU. Called once, before the first score. Raises RewardError."""
+        raise NotImplementedError(f"{type(self).__name__} must define load()")
+
+    def rate(self, network: Any, images: Images, prompts: list[str], targets: Targets) -> Rewards:
+        """Scores of float32 or float64 `images`, one for each, which depends on its own picture alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define rate(network, images, prompts, targets)")
+
+    def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
+        images = images if images.dtype == torch.float64 else images.float()
+        network = self.network_for(images)
+        if not self.offload:
+            return self.rate(network, images, prompts, targets)
+        pixels = images.detach().requires_grad_(images.requires_grad)
+        try:
+            scores = self.rate(network, pixels, prompts, targets)
+            if not scores.requires_grad:
+                return scores
+            (slopes,) = torch.autograd.grad(scores.sum(), pixels)
+        finally:
+            network.to("cpu")
+        # The value of the scores and their exact slope: each score depends on its own picture alone.
+        return scores.detach() + ((images - pixels.detach()) * slopes).flatten(1).sum(dim=1)
+
+    def network_for(self, images: Tensor) -> Any:
+        """The network on the device of the images, in the number format for them."""
+        if self._network is None or not usable(self._network):
+            self._network = self.load().eval().requires_grad_(False)
+        dtype = torch.float64 if images.dtype == torch.float64 else DTYPES[self.dtype]
+        return self._network.to(images.device, dtype)
+
+    def to(self, device: torch.device | str) -> "Reward":
+        """Move the network, if it is loaded, unless it is offloaded."""
+        return self if self.offload else super().to(device)
+
+
+def usable(network: nn.Module) -> bool:
+    """Whether a network that was loaded before can be used: one loaded in inference mode can't enter autograd."""
+    return torch.is_inference_mode_enabled() or not any(weight.is_inference() for weight in network.parameters())

@@ -1,0 +1,338 @@
+"""Picture files -> scores, and what a reward costs on one batch: the work behind `score` and `rewards check`.
+
+Pictures come as [B, 3, H, W] in [0, 1] that need no gradient, so that frozen networks keep no graph: every reward is
+used as a judge here. Each file is read once; pictures of one size are scored together.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from alignprop_pipe.errors import AlignError, PromptError
+from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK
+from alignprop_pipe.prompts import PromptSet
+from alignprop_pipe.records import Images, PromptBatch
+from alignprop_pipe.rewards.base import Reward, members
+from alignprop_pipe.rewards.guard import check_reward
+from alignprop_pipe.seeds import generator_for
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+HELD_BATCHES = 4
+"""So many batches of decoded pictures wait at most for others of their size."""
+
+Pixels = UInt8[Tensor, "3 height width"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A picture file whose head could be read. `prompt` is what it was drawn from, where it says so."""
+
+    path: Path
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file without a score. `failed` is False for one that is no single picture, but a sheet of several."""
+
+    path: Path
+    reason: str
+    failed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A picture file with the prompt and the targets that it is scored for."""
+
+    path: Path
+    prompt: str
+    targets: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One picture's score, and the parts of it under their own names, unweighted."""
+
+    path: Path
+    prompt: str
+    score: float
+    parts: Mapping[str, float]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def find_pictures(places: Iterable[Path]) -> list[Found | Skipped]:
+    """Every file among `places`, and all PNG, JPEG and WebP files in the folders among them, at any depth.
+
+    A file counts once. Sheets of several pictures (`grid.png` of `alignprop sample`) are left out of folders. Raises
+    PromptError for a place that is not there, and where there is no picture at all.
+    """
+    found: dict[Path, Found | Skipped] = {}
+    places = list(places)
+    for place in places:
+        if not place.exists():
+            raise PromptError(f"there is no file or folder {str(place)!r}")
+        for path in _inside(place) if place.is_dir() else (place,):
+            if path.resolve() not in found:
+                found[path.resolve()] = read_head(path, sheets=not place.is_dir())
+    if not found:
+        raise PromptError(f"there is no {', '.join(SUFFIXES)} file in {', '.join(map(str, places))}")
+    return list(found.values())
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(files) if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def read_head(path: Path, *, sheets: bool = True) -> Found | Skipped:
+    """What a file says about itself, without its pixels; with `sheets=False`, sheets of pictures are skipped."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            chunks = {name: text for name, text in image.info.items() if isinstance(text, str)}
+    except Exception as error:
+        return Skipped(path, _trouble(error))
+    if SHEET_CHUNK in chunks and not sheets:
+        return Skipped(path, f"it is no single picture, but a sheet ({chunks[SHEET_CHUNK]})", failed=False)
+    prompt = chunks.get(PROMPT_CHUNK, "").strip()
+    # ComfyUI keeps its graph, as JSON, under the same name.
+    return Found(path, prompt if prompt and not prompt.startswith("{") else None)
+
+
+def read_pixels(path: Path) -> Pixels | Skipped:
+    """A picture as people see it: turned as its EXIF says, transparency over white, the first frame of several."""
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except Exception as error:
+        return Skipped(path, _trouble(error))
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .permute(2, 0, 1)
+    )
+
+
+def _trouble(error: Exception) -> str:
+    """Why a file cannot be read. PIL raises errors of many kinds for damaged files."""
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "this is no PNG, JPEG or WebP picture, or it is damaged"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read: {error.strerror}"
+    return f"it is damaged or cut short ({error})"
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def reads_prompts(reward: Reward) -> bool:
+    """Whether the prompts matter to a reward, or to any that it is made of."""
+    children = reward.children()
+    return any(map(reads_prompts, children)) if children else reward.reads_prompts
+
+
+def assign_own(found: Sequence[Found], reward: Reward) -> list[Task]:
+    """Each picture with the prompt in its file. Raises PromptError that names the files without, if it matters."""
+    lacking = [str(picture.path) for picture in found if picture.prompt is None]
+    if lacking and reads_prompts(reward):
+        raise PromptError(
+            f"the reward {reward} compares pictures with their prompts, and there is none in {_listed(lacking)}; give "
+            "--prompt TEXT, one for all, or --prompts FILE"
+        )
+    return [Task(picture.path, picture.prompt or "") for picture in found]
+
+
+def assign(found: Sequence[Found], prompts: PromptSet) -> list[Task]:
+    """Each picture with its row of a prompt file, which gives the prompt and the targets.
+
+    Rows are found by a column "file" (a path, or the file's name); else by the prompts in the files, where each has one
+    and all are in the set; else by order. Raises PromptError that says what does not fit.
+    """
+    if "file" in prompts.targets:
+        return [_task(picture, prompts, _row_of(picture.path, prompts.targets["file"])) for picture in found]
+    places = {prompt: place for place, prompt in reversed(list(enumerate(prompts.prompts)))}
+    if all(picture.prompt in places for picture in found):
+        return [_task(picture, prompts, places[picture.prompt]) for picture in found if picture.prompt is not None]
+    if len(found) == len(prompts):
+        return [_task(picture, prompts, place) for place, picture in enumerate(found)]
+    strange = [str(picture.path) for picture in found if picture.prompt not in places]
+    raise PromptError(
+        f"{len(prompts)} prompts do not fit {len(found)} pictures: give one for each, in the order of the files, or a "
+        "table with the columns 'file' and 'prompt'. Pictures that hold their own prompt can come in any order, but "
+        f"{_listed(strange)} holds none, or one that is not in the list"
+    )
+
+
+def _row_of(path: Path, files: Sequence[Any]) -> int:
+    for same in (lambda file: Path(file) == path, lambda file: Path(file).name == path.name):
+        rows = [place for place, file in enumerate(files) if file is not None and same(str(file))]
+        if len(rows) == 1:
+            return rows[0]
+        if rows:
+            raise PromptError(
+                f"{str(path)!r} stands {len(rows)} times in the column 'file' of the prompts; once is needed"
+            )
+    raise PromptError(f"{str(path)!r} is not in the column 'file' of the prompts; add a row, or leave the picture out")
+
+
+def _task(picture: Found, prompts: PromptSet, place: int) -> Task:
+    targets = {name: column[place] for name, column in prompts.targets.items() if name != "file"}
+    return Task(picture.path, prompts.prompts[place], targets)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_files(
+    reward: Reward, tasks: Sequence[Task], *, device: torch.device | str = "cpu", batch_size: int = 8
+) -> Iterator[Scored | Skipped]:
+    """Score every picture; a file that cannot be read, and a score that is no number, is skipped with its reason.
+
+    Results come as batches of one size get full, not in the order of `tasks`.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[Task, Pixels]]] = {}
+    for task in tasks:
+        pixels = read_pixels(task.path)
+        if isinstance(pixels, Skipped):
+            yield pixels
+            continue
+        group = waiting.setdefault(tuple(pixels.shape), [])
+        group.append((task, pixels))
+        if len(group) == batch_size:
+            yield from _scored(reward, waiting.pop(tuple(pixels.shape)), device)
+        elif sum(map(len, waiting.values())) >= HELD_BATCHES * batch_size:
+            yield from _scored(reward, waiting.pop(max(waiting, key=lambda size: len(waiting[size]))), device)
+    for group in waiting.values():
+        yield from _scored(reward, group, device)
+
+
+def _scored(
+    reward: Reward, group: Sequence[tuple[Task, Pixels]], device: torch.device | str
+) -> Iterator[Scored | Skipped]:
+    images = torch.stack([pixels for _, pixels in group]).to(device).float() / 255
+    prompts = [task.prompt for task, _ in group]
+    scores = reward(images, prompts, {name: [task.targets[name] for task, _ in group] for name in group[0][0].targets})
+    totals = scores.total.detach().tolist()
+    parts = {name: values.detach().tolist() for name, values in scores.parts.items()}
+    for place, (task, _) in enumerate(group):
+        if math.isfinite(totals[place]):
+            yield Scored(task.path, task.prompt, totals[place], {name: values[place] for name, values in parts.items()})
+        else:
+            yield Skipped(task.path, f"its score is {totals[place]}, which is no number to go by")
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1); the latter is NaN for a single value."""
+    known = [value for value in values if math.isfinite(value)]
+    mean = statistics.fmean(known) if known else math.nan
+    return mean, statistics.stdev(known) if len(known) > 1 else math.nan
+
+
+# --- a reward on trial -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A reward on one batch. `refusal` says why it cannot train, and is empty where it can.
+
+    `gradient_norm` is the mean over the pictures of the length of d score / d pixels; `seconds` are those of one
+    forward and backward pass, after the network was loaded. `weights_mb` is what its networks fill, `activations_mb`
+    what the batch keeps for the backward pass, both in 10^6 bytes.
+    """
+
+    reward: str
+    refusal: str = ""
+    lowest: float = math.nan
+    highest: float = math.nan
+    gradient_norm: float = math.nan
+    seconds: float = math.nan
+    weights_mb: float = math.nan
+    activations_mb: float = math.nan
+
+
+def random_batch(size: int, side: int, prompt: str, device: torch.device) -> tuple[Images, PromptBatch]:
+    """Pictures of seeded noise, `side` pixels high and wide, with the same prompt for each."""
+    images = torch.rand(size, 3, side, side, generator=generator_for("evidence", 0)).to(device)
+    return images, PromptBatch([prompt] * size)
+
+
+def on_trial(reward: Reward) -> list[Reward]:
+    """The whole, and after it each of the rewards that its gradient flows through."""
+    parts: list[Reward] = []
+    for part in reward.trained():
+        if part not in parts:
+            parts.append(part)
+    return [reward, *parts] if parts != [reward] else parts
+
+
+def try_reward(reward: Reward, images: Images, batch: PromptBatch) -> Trial:
+    """Put a reward through the check that training starts with, then measure it. Gradient mode must be on.
+
+    Statistics of pictures that it lacks, as `zscore` does, are taken from this batch.
+    """
+    name = str(reward)
+    try:
+        check_reward(reward, images, batch.prompts, batch.targets)
+        reward = reward.calibrated(images, batch.prompts, batch.targets)
+    except AlignError as error:
+        return Trial(name, refusal=str(error))
+    weights = _weights(reward)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    probe = images.detach().clone().requires_grad_(True)
+    began = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = reward(probe, batch.prompts, batch.targets).total
+    (gradient,) = torch.autograd.grad(scores.sum(), probe)
+    norm = gradient.flatten(1).norm(dim=1).mean().item()  # waits for the accelerator
+    seconds, values = time.perf_counter() - began, scores.tolist()
+    return Trial(
+        reward=name,
+        lowest=min(values),
+        highest=max(values),
+        gradient_norm=norm,
+        seconds=seconds,
+        weights_mb=sum(weights.values()) / 1e6,
+        activations_mb=sum(kept.values()) / 1e6,
+    )
+
+
+def _weights(reward: Reward) -> dict[int, int]:
+    """The size of every tensor in the networks of a reward, by its place in memory."""
+    networks = [value for member in members(reward) for value in vars(member).values() if isinstance(value, nn.Module)]
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
