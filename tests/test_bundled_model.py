@@ -1,6 +1,7 @@
 """The model that ships inside, for real: what the README's first command does, shortened, and what the card claims."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,21 +41,27 @@ def test_it_opens_in_stock_diffusers_and_draws_the_same(pipe: AlignPropPipeline)
 def test_what_ships_is_small_and_names_no_path() -> None:
     assert sum(model.size_mb for model in MODELS) < 12.5
     for path in MODELS_DIR.rglob("*.json"):
-        assert "/work" not in path.read_text(encoding="utf-8")
-        assert "_name_or_path" not in path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'"(/|[A-Z]:\\\\)\w', text), "an absolute path"
+        assert "_name_or_path" not in text
     card = (MODELS_DIR / "README.md").read_text(encoding="utf-8")
     assert "Noto Color Emoji" in card
     assert "Open Font License" in card
 
 
-def test_the_base_is_crisp_but_often_wrong_and_the_scorer_sees_it(pipe: AlignPropPipeline) -> None:
+def test_the_base_is_crisp_but_often_wrong_and_the_rewards_see_it(pipe: AlignPropPipeline) -> None:
     config = AlignConfig.preset("emoji")
     held_out = PromptSet.load("emoji").split(48, seed=3)[1]
-    look = evaluate(pipe, parse_reward("clip"), [parse_reward("emoji_judge")], held_out, config, 0)
+    judges = [parse_reward(text) for text in ("emoji_judge", "count", "contains")]
+    look = evaluate(pipe, parse_reward("clip"), judges, held_out, config, 0)
     assert 0.35 < look.judges["emoji_judge"] < 0.8
     right = torch.tensor(look.per_prompt["emoji_judge"]) > 0
     scores = torch.tensor(look.per_prompt["clip"])
     assert scores[right].mean() > scores[~right].mean() + 0.2
+    values = {name: torch.tensor(column) for name, column in look.per_prompt.items()}
+    assert (values["contains.right"] == values["emoji_judge.subject"]).float().mean() >= 0.95
+    counted = values["emoji_judge.subject"] * values["emoji_judge.count"]  # `count` counts the prompt's subject alone
+    assert (values["count.right"] == counted).float().mean() >= 0.8
 
 
 def test_the_first_command_shortened(tmp_path: Path) -> None:

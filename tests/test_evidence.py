@@ -213,7 +213,7 @@ def test_pictures_that_are_no_tensor_are_told(pipe, monkeypatch):
         return called(self, prompt, generator=generator, num_inference_steps=1, output_type="np")
 
     monkeypatch.setattr(type(pipe), "__call__", as_arrays)
-    with pytest.raises(PipelineError, match=r"ndarray.*a tensor of pictures or videos is needed"):
+    with pytest.raises(PipelineError, match=r"ndarray.*pictures .* or videos .* are needed"):
         look(pipe)
 
     def too_few(self, prompt, generator, output_type):

@@ -95,7 +95,9 @@ def test_emoji_set_has_the_words_of_the_bundled_model(monkeypatch):
     assert set(rows) == {(s, c, b) for s in subjects for c in counts for b in backgrounds}
     assert len(rows) == 16 * 4 * 8
     for prompt, (subject, count, background) in zip(emoji.prompts, rows, strict=True):
-        assert prompt == render.TEMPLATES[0].format(things=render.things(subject, count), background=background)
+        article = "an" if background == "orange" else "a"
+        things = render.things(subject, count)
+        assert prompt == render.TEMPLATES[0].format(things=things, article=article, background=background)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

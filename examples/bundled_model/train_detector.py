@@ -1,7 +1,8 @@
 """Stage 5: the detector, a small OWLv2 that finds the objects a picture holds: the rewards count, contains, without.
 
 It learns by dense assignment: the patch that holds an object's centre answers for it. Spoilt objects (half, faint,
-coarse, melted into another, or with a second one on top) answer to no name, so that they don't pay as a reward.
+coarse, melted into another, or with a second one on top) are answered with "perhaps": then spoiling an object pleases
+neither a reward that wants it nor one that wants it gone.
 """
 
 import json
@@ -27,8 +28,8 @@ SPOILS = ("half", "faint", "coarse", "melted", "doubled")
 
 @dataclass(frozen=True, slots=True)
 class Scenes:
-    """`images` uint8 [n, 64, 64, 3]; `found` [n, 64, 16], 1 where a patch holds the centre of a subject; its `boxes`
-    [n, 64, 4] as centre, width and height in shares of the side."""
+    """`images` uint8 [n, 64, 64, 3]; `found` [n, 64, 16], 1 where a patch holds the centre of a subject, 0.5 for a
+    spoilt one; its `boxes` [n, 64, 4] as centre, width and height in shares of the side."""
 
     images: np.ndarray
     found: np.ndarray
@@ -76,27 +77,29 @@ def detector(tokens: CLIPTokenizer) -> Owlv2ForObjectDetection:
     return network
 
 
-def spoilt(kind: str, subject: int, rng: np.random.Generator) -> np.ndarray:
+def spoilt(kind: str, subject: int, other: int, rng: np.random.Generator) -> np.ndarray:
     """An object that is nearly of this subject, premultiplied RGBA [28, 28, 4]."""
     sprite = sprites()[subject].copy()
     if kind == "half":
         turned = np.rot90(sprite, rng.integers(4))  # a view: what is cleared here is cleared there
         turned[: rng.integers(OBJECT // 3, 2 * OBJECT // 3)] = 0
     elif kind == "faint":
-        sprite *= rng.uniform(0.2, 0.5)
+        sprite *= rng.uniform(0.2, 0.6)
     elif kind == "coarse":
         coarse = sprite.reshape(4, OBJECT // 4, 4, OBJECT // 4, 4).mean((1, 3))
         sprite = coarse.repeat(OBJECT // 4, 0).repeat(OBJECT // 4, 1)
     elif kind == "melted":
-        sprite = (sprite + sprites()[subject - int(rng.integers(1, len(NAMES)))]) / 2
+        sprite = (sprite + sprites()[other]) / 2
     return sprite
 
 
-def stamp(canvas: np.ndarray, sprite: np.ndarray, corner: tuple[int, int]) -> None:
+def stamp(canvas: np.ndarray, sprite: np.ndarray, corner: tuple[int, int]) -> int:
+    """Draw an object; the patch that holds its centre."""
     x, y = corner
     patch = canvas[y : y + OBJECT, x : x + OBJECT]
     patch *= 1 - sprite[..., 3:]
     patch += sprite[..., :3]
+    return (y + OBJECT // 2) // PATCH * SIDE + (x + OBJECT // 2) // PATCH
 
 
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,23 +111,25 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     canvas = np.broadcast_to(colour, (SIZE, SIZE, 3)).copy()
     found = np.zeros((SIDE * SIDE, len(NAMES)), dtype=np.float32)
     boxes = np.zeros((SIDE * SIDE, 4), dtype=np.float32)
-    number = rng.choice(5, p=[0.04, 0.24, 0.24, 0.24, 0.24])
+
+    def put(sprite: np.ndarray, corner: tuple[int, int], share: float, *subjects: int) -> None:
+        patch = stamp(canvas, sprite, corner)
+        found[patch, list(subjects)] = share
+        boxes[patch] = *((c + OBJECT / 2) / SIZE for c in corner), OBJECT / SIZE, OBJECT / SIZE
+
+    number = int(rng.choice(5, p=[0.04, 0.24, 0.24, 0.24, 0.24]))
     subjects = rng.integers(0, len(NAMES), 4)
     if rng.random() < 0.7:
         subjects[:] = subjects[0]
     bad = rng.random(4) < (0.3 if rng.random() < 0.5 else 0)
-    corners = places(int(number), rng) if number else []
-    for corner, subject, is_bad in zip(corners, subjects, bad, strict=False):
+    for corner, subject, is_bad in zip(places(number, rng) if number else [], subjects, bad, strict=False):
         kind = str(rng.choice(SPOILS)) if is_bad else ""
-        stamp(canvas, spoilt(kind, int(subject), rng), corner)
+        other = (subject - int(rng.integers(1, len(NAMES)))) % len(NAMES)
+        told = (subject, other) if kind == "melted" else (subject,)
+        put(spoilt(kind, int(subject), other, rng), corner, 0.5 if is_bad else 1.0, *told)
         if kind == "doubled":
             aside = rng.integers(8, 17, 2) * rng.choice([-1, 1], 2)
-            stamp(canvas, sprites()[subject], tuple(np.clip(corner + aside, 0, SIZE - OBJECT)))
-        elif not kind:
-            x, y = (c + OBJECT / 2 for c in corner)
-            patch = int(y) // PATCH * SIDE + int(x) // PATCH
-            found[patch, subject] = 1
-            boxes[patch] = x / SIZE, y / SIZE, OBJECT / SIZE, OBJECT / SIZE
+            put(sprites()[subject], tuple(np.clip(corner + aside, 0, SIZE - OBJECT)), 0.5, subject)
     return (canvas * 255).round().astype(np.uint8), found, boxes
 
 
@@ -141,10 +146,11 @@ def queries(tokens: CLIPTokenizer, plural: np.ndarray | None = None) -> Tensor:
 
 def loss_of(network: Owlv2ForObjectDetection, images: Tensor, names: Tensor, found: Tensor, boxes: Tensor) -> Tensor:
     out = network(input_ids=names.repeat(len(images), 1), pixel_values=images)
-    positive = found.amax(dim=2) > 0
+    there = found.amax(dim=2)
+    positive = there > 0
     # Few of the 1024 answers of a picture are yes.
     told = binary_cross_entropy_with_logits(out.logits.float(), found, reduction="sum") / positive.sum()
-    seen = binary_cross_entropy_with_logits(out.objectness_logits.float(), positive.float(), reduction="sum")
+    seen = binary_cross_entropy_with_logits(out.objectness_logits.float(), there, reduction="sum")
     return told + 0.1 * seen / positive.sum() + 5 * l1_loss(out.pred_boxes.float()[positive], boxes[positive])
 
 

@@ -26,7 +26,7 @@ from alignprop_pipe.rewards import AttributeJudge
 
 HERE = Path(__file__).parent
 ADAPTERS = Path(tempfile.gettempdir()) / "alignprop-objectives"
-SEEDS, STEPS, HELD_OUT = (0, 1, 2), 30, 48
+SEEDS, STEPS, HELD_OUT = (0, 1, 2), 25, 48
 COLOURS = ("red", "yellow", "green", "blue", "purple", "pink", "white")
 DOGS = [f"{n} on a {c} background" for n in ("one dog", "two dogs", "three dogs", "four dogs") for c in COLOURS]
 
