@@ -155,3 +155,17 @@ def test_a_misfit_is_named_and_leaves_the_network_alone(change, said):
 
 def test_what_is_left_over_can_be_allowed():
     load_into(nn.Linear(3, 2), {**state(), "position_ids": torch.zeros(1)}, "here", ignored=("position",))
+
+
+def test_offline_a_file_that_was_loaded_before_is_found(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    repository = tmp_path / "models--someone--some-head"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    (snapshot / "head.pth").touch()
+    assert locate("someone/some-head", NAMES) == snapshot / "head.pth"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import cached_assets_path, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,11 +37,13 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
     for name in names:
         try:
             return Path(hf_hub_download(source, name, revision=revision))
-        except EntryNotFoundError as error:
+        except Exception as error:
             reason = error
-        except Exception as error:  # no network, no such repository, no right to read it
-            reason = error
-            break
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break  # no network, no such repository, no right to read it: asking for other files is of no use
+    for name in names:
+        if isinstance(kept := try_to_load_from_cache(source, name, revision=revision), str):
+            return Path(kept)
     first = str(reason).strip().split("\n")[0]
     at = f" --revision {revision}" if revision else ""
     raise RewardError(

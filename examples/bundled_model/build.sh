@@ -8,6 +8,7 @@ python train_denoiser.py
 python train_denoiser.py --weak
 python train_judge.py
 python train_scorer.py
+python train_detector.py
 python measure.py work/clean
 python measure.py work/weak
 python export.py

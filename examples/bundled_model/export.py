@@ -91,10 +91,14 @@ def figures() -> str:
         "**what ships**, by the judge": measured["weak"]["samples by the judge"],
         "scorer agrees with the judge on what ships": measured["weak"]["scorer agrees with the judge"],
         "scorer on fresh renderings": measured["weak"]["scorer on rendered"],
+        "detector agrees with the judge on what ships": measured["weak"]["detector agrees with the judge"],
+        "detector on fresh renderings": measured["weak"]["detector on rendered"],
         "judge on fresh renderings": measured["weak"]["judge on rendered"],
         "judge on renderings through the autoencoder": measured["weak"]["judge on autoencoded"],
     }
-    lines += [f"| {name} | {' | '.join(f'{100 * row[c]:.1f} %' for c in columns)} |" for name, row in rows.items()]
+    for name, row in rows.items():
+        cells = (f"{100 * row[column]:.1f} %" if column in row else "" for column in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

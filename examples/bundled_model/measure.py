@@ -1,4 +1,4 @@
-"""The figures: the judge and the scorer on fresh renderings, then on what the text-to-image model makes of prompts.
+"""The figures: judge, scorer and detector on fresh renderings, then on what the text-to-image model makes of prompts.
 
 `python measure.py work/weak` prints them and writes weak-measured.json and weak-measured.png beside that folder.
 """
@@ -16,9 +16,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from render import ATTRIBUTES, BACKGROUNDS, COUNTS, SUBJECTS, batch, caption
 from torch import Tensor
+from train_detector import counted
 from train_judge import verdicts
 from train_scorer import best_prompts
-from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer
+from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, Owlv2ForObjectDetection
 from views import decoded
 
 AT_ONCE = 10
@@ -38,6 +39,14 @@ def shares(found: Tensor, wanted: Tensor) -> dict[str, float]:
     return {name: round(share, 4) for name, share in figures.items()} | {
         "all": round(same.all(1).float().mean().item(), 4)
     }
+
+
+def seen_as(found: Tensor, wanted: Tensor) -> dict[str, float]:
+    """How often the detector's counts [n, 16] are just those of subject and number in labels [n, 3]."""
+    subject, number = wanted[:, 0], wanted[:, 1] + 1
+    there = found.gather(1, subject[:, None])[:, 0]
+    right = {"subject": there > 0, "count": there == number, "all": (there == number) & (found.sum(1) == number)}
+    return {name: round(share.float().mean().item(), 4) for name, share in right.items()}
 
 
 @torch.no_grad()
@@ -69,6 +78,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path, default=WORK / "weak", help="folder of the text-to-image model")
     parser.add_argument("--judge", type=Path, default=WORK / "judge")
     parser.add_argument("--scorer", type=Path, default=WORK / "scorer")
+    parser.add_argument("--detector", type=Path, default=WORK / "detector")
     parser.add_argument("--number", type=int, default=300, help="pictures to sample")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
@@ -81,6 +91,8 @@ def main() -> None:
     judge = AutoModelForImageClassification.from_pretrained(chosen.judge, dtype=torch.float32).eval()
     scorer = CLIPModel.from_pretrained(chosen.scorer, dtype=torch.float32).eval()
     tokens = CLIPTokenizer.from_pretrained(chosen.scorer)
+    detector = Owlv2ForObjectDetection.from_pretrained(chosen.detector, dtype=torch.float32).eval()
+    words = CLIPTokenizer.from_pretrained(chosen.detector)
 
     fresh = batch(2000, SEED, 777)
     truth = torch.from_numpy(fresh.labels)
@@ -91,6 +103,7 @@ def main() -> None:
     ):
         figures[f"judge on {name}"] = shares(judged(judge, images), truth)
         figures[f"scorer on {name}"] = shares(best_prompts(scorer, tokens, images), truth)
+        figures[f"detector on {name}"] = seen_as(counted(detector, words, images), truth)
 
     pipe = DiffusionPipeline.from_pretrained(chosen.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -103,6 +116,7 @@ def main() -> None:
     verdict = judged(judge, images)
     figures["samples by the judge"] = shares(verdict, torch.from_numpy(labels))
     figures["scorer agrees with the judge"] = shares(best_prompts(scorer, tokens, images), verdict)
+    figures["detector agrees with the judge"] = seen_as(counted(detector, words, images), verdict)
 
     out = chosen.out or chosen.model.with_name(f"{chosen.model.name}-measured")
     out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
