@@ -90,8 +90,7 @@ def sheet_caption(before: Evidence, after: Evidence) -> str:
     """What the pairs are and how they were taken."""
     count, shown = len(before.prompts), len(shown_prompts(len(before.prompts)))
     which = f"All {count} held-out prompts" if shown == count else f"{shown} of {count} held-out prompts, evenly spaced"
-    judges = [name for name in after.judges if "." not in name]
-    judged = f" and what the judge gave it ({', '.join(judges)})" if judges else ""
+    judged = f" and what the judge {_judges(after)[0]} gave it" if _judges(after) else ""
     return (
         f"{which}, not chosen by score. Left: before. Right: after, with the adapter of step {after.step}. "
         f"Both pictures of a pair start from the same noise. The numbers are that picture's reward{judged}."
@@ -132,12 +131,16 @@ def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> No
 
 
 def score_text(look: Evidence, number: int) -> str:
-    """The reward of one picture and what the judges gave it, as far as they are known."""
-    names = ["reward", *(name for name in look.judges if "." not in name)]
-    known = [(name, look.per_prompt.get(name, ())) for name in names]
-    reward, *judges = [f"{values[number]:.4g}" if number < len(values) else "" for _, values in known]
-    judged = f"judge{'s' * (len(judges) > 1)} {', '.join(judges)}" if any(judges) else ""
-    return " · ".join(filter(None, (reward, judged)))
+    """The reward of one picture and what the first judge gave it, as far as they are known."""
+    names = ["reward", *_judges(look)[:1]]  # there is no room for more under a picture
+    known = [look.per_prompt.get(name, ()) for name in names]
+    reward, *judged = [f"{values[number]:.4g}" if number < len(values) else "" for values in known]
+    return " · ".join(filter(None, (reward, *(f"judge {value}" for value in judged if value))))
+
+
+def _judges(look: Evidence) -> list[str]:
+    """The judges' names, without what they log besides."""
+    return [name for name in look.judges if "." not in name]
 
 
 def _cell(height: int, width: int) -> tuple[int, int]:

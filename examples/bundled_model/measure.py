@@ -16,11 +16,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from render import ATTRIBUTES, BACKGROUNDS, COUNTS, SUBJECTS, batch, caption
 from torch import Tensor
-from train_detector import counted
 from train_judge import verdicts
 from train_scorer import best_prompts
-from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, Owlv2ForObjectDetection
+from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer
 from views import decoded
+
+from alignprop_pipe.rewards import Contains, Count
 
 AT_ONCE = 10
 
@@ -41,12 +42,15 @@ def shares(found: Tensor, wanted: Tensor) -> dict[str, float]:
     }
 
 
-def seen_as(found: Tensor, wanted: Tensor) -> dict[str, float]:
-    """How often the detector's counts [n, 16] are just those of subject and number in labels [n, 3]."""
-    subject, number = wanted[:, 0], wanted[:, 1] + 1
-    there = found.gather(1, subject[:, None])[:, 0]
-    right = {"subject": there > 0, "count": there == number, "all": (there == number) & (found.sum(1) == number)}
-    return {name: round(share.float().mean().item(), 4) for name, share in right.items()}
+def counted(detector: Path, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """How often the rewards `contains` and `count` find the subject, and as many of it, of labels [n, 3]."""
+    targets = {name: [ATTRIBUTES[name][i] for i in column] for name, column in zip(ATTRIBUTES, labels.T, strict=True)}
+    words = [""] * len(images)
+    rewards = {"subject": (Contains, "contains.right"), "count": (Count, "count.right")}
+    return {
+        name: round(kind(model=detector)(images, words, targets).parts[part].mean().item(), 4)
+        for name, (kind, part) in rewards.items()
+    }
 
 
 @torch.no_grad()
@@ -91,19 +95,20 @@ def main() -> None:
     judge = AutoModelForImageClassification.from_pretrained(chosen.judge, dtype=torch.float32).eval()
     scorer = CLIPModel.from_pretrained(chosen.scorer, dtype=torch.float32).eval()
     tokens = CLIPTokenizer.from_pretrained(chosen.scorer)
-    detector = Owlv2ForObjectDetection.from_pretrained(chosen.detector, dtype=torch.float32).eval()
-    words = CLIPTokenizer.from_pretrained(chosen.detector)
 
     fresh = batch(2000, SEED, 777)
     truth = torch.from_numpy(fresh.labels)
     figures = {}
     for name, images in (
         ("rendered", pixels(fresh.images)),
-        ("autoencoded", decoded(fresh.images, torch.Generator().manual_seed(SEED), most=0).float() / 255),
+        (
+            "autoencoded",
+            decoded(fresh.images, torch.Generator().manual_seed(SEED), most=0, dtype=torch.float32).float() / 255,
+        ),
     ):
         figures[f"judge on {name}"] = shares(judged(judge, images), truth)
         figures[f"scorer on {name}"] = shares(best_prompts(scorer, tokens, images), truth)
-        figures[f"detector on {name}"] = seen_as(counted(detector, words, images), truth)
+        figures[f"detector on {name}"] = counted(chosen.detector, images, truth)
 
     pipe = DiffusionPipeline.from_pretrained(chosen.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -116,7 +121,7 @@ def main() -> None:
     verdict = judged(judge, images)
     figures["samples by the judge"] = shares(verdict, torch.from_numpy(labels))
     figures["scorer agrees with the judge"] = shares(best_prompts(scorer, tokens, images), verdict)
-    figures["detector agrees with the judge"] = seen_as(counted(detector, words, images), verdict)
+    figures["detector agrees with the judge"] = counted(chosen.detector, images, verdict)
 
     out = chosen.out or chosen.model.with_name(f"{chosen.model.name}-measured")
     out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")

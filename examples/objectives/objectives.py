@@ -160,7 +160,7 @@ This page is written by the script from results.json. A run took {low} to {high}
 def page(results: dict[str, Any]) -> str:
     """README.md."""
     seconds = [run["seconds"] for runs in results.values() for run in runs.values() if run["seconds"]]
-    seeds = ", ".join(str(seed) for seed in SEEDS)
+    seeds = ", ".join(sorted({seed for runs in results.values() for seed in runs}))
     head = HEAD.format(steps=STEPS, held_out=HELD_OUT, seeds=seeds, low=min(seconds), high=max(seconds))
     sections = [section(name, results[name]) for name in (*OBJECTIVES, "mixed-adapters") if name in results]
     return "\n".join([head, *sections])
