@@ -12,7 +12,7 @@ from aligning import align, aligned
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS
 from alignprop_pipe.config import PRESETS
-from alignprop_pipe.rewards import REGISTRY
+from alignprop_pipe.rewards import REGISTRY, parse_reward
 from alignprop_pipe.runs import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -82,3 +82,27 @@ def test_your_own_pipeline(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["pipe"].unet is found["stock"].unet
     assert "held-out colour" in capsys.readouterr().out
     assert [record.step for record in read_metrics(tmp_path / "runs" / "colourful-animals")] == [0, 1]
+
+
+@needs_the_bundled_model
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # two adapters are what mixing is
+def test_objectives_are_measured_mixed_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "emoji", {**PRESETS["emoji"], "batch_size": 2, "num_inference_steps": 2})
+    objectives = runpy.run_path(str(EXAMPLES / "objectives" / "objectives.py"))
+    measure, page = objectives["measure"], objectives["page"]
+    inside = measure.__globals__
+    inside.update(STEPS=1, HELD_OUT=3, HERE=tmp_path, ADAPTERS=tmp_path / "adapters")
+    results = {name: {"0": measure(name, 0)} for name in ("alignment", "compressibility", "mixed-adapters")}
+    for name, runs in results.items():
+        assert runs["0"]["jpeg_kb"][0] > 0
+        assert (tmp_path / f"{name}.png").stat().st_size > 100
+    assert results["mixed-adapters"]["0"]["emoji_judge"][0] == results["alignment"]["0"]["emoji_judge"][0]
+    text = page(results)
+    assert "## compressibility: `jpeg`" in text
+    assert "seeds 0." in text
+
+
+def test_every_objective_can_be_read() -> None:
+    objectives = runpy.run_path(str(EXAMPLES / "objectives" / "objectives.py"))["OBJECTIVES"]
+    for objective in objectives.values():
+        assert str(parse_reward(objective.reward)) == objective.reward
