@@ -1,5 +1,6 @@
 """What every training stage here shares: resumable state, the learning rate, pictures as tensors."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -30,6 +31,14 @@ def save_whole(path: Path, state: dict) -> None:
     beside = path.with_suffix(".part")
     torch.save(state, beside)
     beside.rename(path)
+
+
+def save_preprocessing(folder: str, kind: str, **settings: object) -> None:
+    """preprocessor_config.json for a network that takes pixels in [-1, 1]."""
+    usual = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    scale = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    text = json.dumps({"image_processor_type": kind, **settings, **usual, **scale}, indent=2)
+    (WORK / folder / "preprocessor_config.json").write_text(text + "\n")
 
 
 class HalfPrecisionTrainer:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from common import SEED, WORK, HalfPrecisionTrainer, pixels, train
+from common import SEED, WORK, HalfPrecisionTrainer, pixels, save_preprocessing, train
 from render import BACKGROUNDS, OBJECT, PLURALS, SIZE, SUBJECTS, batch, places, sprites
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
@@ -154,22 +154,6 @@ def loss_of(network: Owlv2ForObjectDetection, images: Tensor, names: Tensor, fou
     return told + 0.1 * seen / positive.sum() + 5 * l1_loss(out.pred_boxes.float()[positive], boxes[positive])
 
 
-def save_preprocessing(folder: str) -> None:
-    settings = {
-        "image_processor_type": "Owlv2ImageProcessor",
-        "do_pad": True,
-        "do_resize": True,
-        "size": {"height": SIZE, "width": SIZE},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    (WORK / folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
 @torch.no_grad()
 def counted(network: Owlv2ForObjectDetection, tokens: CLIPTokenizer, images: Tensor) -> Tensor:
     """How many of each name are seen: patches that say yes, int [n, 16]; images in [0, 1]."""
@@ -204,7 +188,8 @@ def main() -> None:
     )
     network.save_pretrained(WORK / "detector")
     tokens.save_pretrained(WORK / "detector")
-    save_preprocessing("detector")
+    sides = {"height": SIZE, "width": SIZE}
+    save_preprocessing("detector", "Owlv2ImageProcessor", do_pad=True, do_resize=True, size=sides, resample=2)
 
     fresh = batch(2000, OWN, 4)
     wanted = torch.zeros(2000, len(NAMES), dtype=torch.long)

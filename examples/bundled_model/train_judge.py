@@ -1,11 +1,10 @@
 """Stage 3: the judge, a small ResNet that names subject, count and background. No training uses it as a reward."""
 
-import json
 import sys
 
 import numpy as np
 import torch
-from common import SEED, WORK, HalfPrecisionTrainer, pixels, train
+from common import SEED, WORK, HalfPrecisionTrainer, pixels, save_preprocessing, train
 from render import ATTRIBUTES, SIZE, batch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -49,20 +48,6 @@ def settle_statistics(network: nn.Module, views: list[Tensor]) -> None:
     network.eval()
 
 
-def save_preprocessing(folder: str) -> None:
-    settings = {
-        "image_processor_type": "ConvNextImageProcessor",
-        "do_resize": False,
-        "size": {"shortest_edge": SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    (WORK / folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def main() -> None:
     torch.manual_seed(OWN)
     network = judge().to(memory_format=torch.channels_last)
@@ -87,7 +72,7 @@ def main() -> None:
     train(trainer, "judge", STEPS, PEAK, loss_at)
     settle_statistics(network, [views(STEPS + i)[0] for i in range(50)])
     network.save_pretrained(WORK / "judge")
-    save_preprocessing("judge")
+    save_preprocessing("judge", "ConvNextImageProcessor", do_resize=False, size={"shortest_edge": SIZE})
 
     fresh = batch(2000, OWN, 4)
     network.half().float()  # as it ships

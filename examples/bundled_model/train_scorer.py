@@ -4,13 +4,12 @@ A reward is only worth what it takes to please it. So captions compete with pict
 alone, and with junk that matches no caption: half, faint, merged, mixed and melted objects.
 """
 
-import json
 import math
 import sys
 
 import numpy as np
 import torch
-from common import SEED, WORK, HalfPrecisionTrainer, pixels, train
+from common import SEED, WORK, HalfPrecisionTrainer, pixels, save_preprocessing, train
 from render import ATTRIBUTES, BACKGROUNDS, COUNTS, OBJECT, SIZE, batch, caption, places, sprites
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,24 +106,6 @@ def contrast(logits: Tensor, match: Tensor) -> Tensor:
     return (softplus(by_picture - logits) + softplus(by_text - logits))[match].mean()
 
 
-def save_preprocessing(folder: str) -> None:
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": SIZE, "width": SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    (WORK / folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
 @torch.no_grad()
 def best_prompts(network: CLIPModel, tokens: CLIPTokenizer, images: Tensor) -> Tensor:
     """Labels of the prompt with the highest cosine out of all 512, int [n, 3]; images in [0, 1]."""
@@ -171,7 +152,17 @@ def main() -> None:
     train(trainer, "scorer", STEPS, PEAK, loss_at)
     network.save_pretrained(WORK / "scorer")
     tokens.save_pretrained(WORK / "scorer")
-    save_preprocessing("scorer")
+    sides = {"height": SIZE, "width": SIZE}
+    save_preprocessing(
+        "scorer",
+        "CLIPImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size={"shortest_edge": SIZE},
+        resample=3,
+        do_center_crop=True,
+        crop_size=sides,
+    )
 
     fresh = batch(2000, OWN, 4)
     network.half().float()  # as it ships

@@ -87,7 +87,11 @@ OBJECTIVES = {
         (f"{HERE_IS}:SeesDog", *WATCHED[1:]),
     ),
     "alignment-compressibility": Objective("zscore(clip) + 0.5*zscore(jpeg)", "both, on one scale", FILE_SIZE | RIGHT),
-    "count-presence": Objective("min(count, contains)", "both at once: the worse of the two", NUMBER | SUBJECT | RIGHT),
+    "alignment-colour": Objective(
+        "min(zscore(clip), zscore(colour))",
+        "both at once: a picture is as good as its worse side",
+        {"saturation": "saturation, 0 to 1"} | RIGHT,
+    ),
 }
 
 
@@ -100,7 +104,7 @@ def trained(name: str, seed: int) -> AlignResult:
     objective = OBJECTIVES[name]
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
-        objective.reward, objective.prompts, AlignConfig.preset("emoji").replace(loss="maximize"),
+        objective.reward, objective.prompts, AlignConfig.preset("emoji"),
         steps=STEPS, seed=seed, eval_prompts=HELD_OUT, judges=objective.watched,
     )  # fmt: skip
     ADAPTERS.mkdir(exist_ok=True)
@@ -149,16 +153,18 @@ One command each, for example
 
 ```bash
 python examples/objectives/objectives.py count
-alignprop train --reward count --loss maximize --steps {steps}     # the same on the command line
+alignprop train --reward count --steps {steps}     # the same on the command line
 ```
 
 {steps} steps of twelve pictures; {held_out} held-out prompts with the same noise before and after; seeds {seeds}.
-This page is written by the script from results.json. A run took {low} to {high} seconds on two cores.
+This page is written by the script from results.json. A run took {low} to {high} seconds on one
+core of two, with another beside it. Where the judge falls, the reward was followed too far: it says nothing of what the
+picture shows.
 """
 
 
 def page(results: dict[str, Any]) -> str:
-    """README.md."""
+    """The text of README.md."""
     seconds = [run["seconds"] for runs in results.values() for run in runs.values() if run["seconds"]]
     seeds = ", ".join(sorted({seed for runs in results.values() for seed in runs}))
     head = HEAD.format(steps=STEPS, held_out=HELD_OUT, seeds=seeds, low=min(seconds), high=max(seconds))
