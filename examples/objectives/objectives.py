@@ -168,7 +168,11 @@ def page(results: dict[str, Any]) -> str:
     seconds = [run["seconds"] for runs in results.values() for run in runs.values() if run["seconds"]]
     seeds = ", ".join(sorted({seed for runs in results.values() for seed in runs}))
     head = HEAD.format(steps=STEPS, held_out=HELD_OUT, seeds=seeds, low=min(seconds), high=max(seconds))
-    sections = [section(name, results[name]) for name in (*OBJECTIVES, "mixed-adapters") if name in results]
+    sections = [
+        section(name, dict(sorted(results[name].items())))
+        for name in (*OBJECTIVES, "mixed-adapters")
+        if name in results
+    ]
     return "\n".join([head, *sections])
 
 
