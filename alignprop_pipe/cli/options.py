@@ -311,13 +311,18 @@ def _from_flag(value: Any) -> Any:
 def _help(name: str, spec: Field) -> str:
     """The field's help, its default, and the presets that differ from it."""
     part, _ = FIELD_PATHS[name]
-    texts = {preset: _text(_value(AlignConfig.preset(preset), part, name)) for preset in PRESETS}
+    texts = {preset: _text(_value(config, part, name)) for preset, config in _presets().items()}
     default = _text(_value(AlignConfig(), part, name))
     others = [f"{preset}: {text}" for preset, text in texts.items() if text != default]
     shown = [f"default: {default}"] if default and "default" not in spec.metadata["help"] else []
     repeat = " (may be repeated; 'none': no name)" if _flag_type(spec) == list[str] else ""
     notes = "; ".join([*shown, *others])
     return spec.metadata["help"] + repeat + (rf" \[{notes}]" if notes else "")
+
+
+@functools.cache
+def _presets() -> dict[str, AlignConfig]:
+    return {preset: AlignConfig.preset(preset) for preset in PRESETS}
 
 
 def _value(config: AlignConfig, part: str | None, name: str) -> Any:
