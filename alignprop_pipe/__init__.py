@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alignprop_pipe import errors as errors
     from alignprop_pipe import rewards as rewards
+    from alignprop_pipe.adapter import Adapter as Adapter
     from alignprop_pipe.align import align_steps as align_steps
     from alignprop_pipe.choices import FullBackprop as FullBackprop
     from alignprop_pipe.choices import Hinge as Hinge
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AlignPropPipeline": "alignprop_pipe.pipeline",
     "AlignResult": "alignprop_pipe.result",
+    "Adapter": "alignprop_pipe.adapter",
     "align_steps": "alignprop_pipe.align",
     "AlignConfig": "alignprop_pipe.config",
     "LoraOptions": "alignprop_pipe.config",

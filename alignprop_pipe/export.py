@@ -1,17 +1,14 @@
-"""The adapter to and from disk: what is written is whole or not there, what is read fits or changes nothing.
+"""The adapter out of a pipeline and onto it; what is read fits or changes nothing.
 
-`save_adapter` writes one file in diffusers' keys and one for ComfyUI and kohya's readers (`export_keys.py`), both
-with a header that tells what the adapter is for (`export_header.py`). `load_adapter` checks every key and shape of a
-file before it touches the pipeline.
+`Adapter` (adapter.py) is the value in between; `load_adapter` checks every key and shape before it touches the
+pipeline.
 """
 
-import json
 import math
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,28 +21,15 @@ from diffusers.utils.peft_utils import (
 )
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
+from alignprop_pipe import adapter_files
+from alignprop_pipe.adapter import Adapter, Format
 from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.export_header import Base
 from alignprop_pipe.export_header import describe as describe
-from alignprop_pipe.export_header import header_for
-from alignprop_pipe.export_keys import (
-    Adapter,
-    Factors,
-    adapter_from,
-    adapter_in,
-    comfyui_keys,
-    common_shape,
-    diffusers_keys,
-    misfit,
-    networks,
-)
-from alignprop_pipe.files import write_whole
+from alignprop_pipe.export_keys import Factors, Layers, common_shape, layers_from, misfit, networks
 from alignprop_pipe.lora import ADAPTER_NAME
-
-Format = Literal["diffusers", "kohya", "both"]
 
 
 def save_adapter(
@@ -56,10 +40,9 @@ def save_adapter(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Path]:
-    """Write the adapter in `pipe` and return the files: `path` for diffusers, `…-comfyui.safetensors` for the others.
+    """Write the adapter in `pipe` and return the files: see `Adapter.save`.
 
-    `format="kohya"` writes the second one alone, at `path`. A pipeline with two denoisers gets a ComfyUI file for each,
-    since ComfyUI loads them as two models. The full strength is saved, whatever `set_adapters` says now.
+    The full strength is saved, whatever `set_adapters` says now.
 
     Args:
         pipe: a pipeline whose denoisers hold our adapter.
@@ -71,65 +54,21 @@ def save_adapter(
     Raises:
         AdapterError: there is no adapter, or `path` is not usable.
     """
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        raise AdapterError(f"adapters are saved as safetensors: {str(path)!r} has to end in '.safetensors'")
-    if format not in ("diffusers", "kohya", "both"):
-        raise AdapterError(f"format is {format!r}; it can be 'diffusers', 'kohya' or 'both'")
-    adapter = adapter_in(pipe)
-    files: dict[Path, bytes] = {}
-    if format != "kohya":
-        shape = {name: common_shape(layers) for name, layers in adapter.items()}
-        header = header_for(pipe, shape, metadata or {}, title=target.stem)
-        files[target] = _serialised(diffusers_keys(adapter), header, dtype)
-    if format != "diffusers":
-        place = target if format == "kohya" else target.with_stem(f"{target.stem}-comfyui")
-        for number, (name, layers) in enumerate(adapter.items()):
-            beside = place.with_stem(f"{place.stem}-{name}") if number else place
-            header = header_for(pipe, {name: common_shape(layers)}, metadata or {}, title=beside.stem, kohya=True)
-            files[beside] = _serialised(comfyui_keys(pipe, name, layers), header, dtype)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterError(f"the folder of {str(path)!r} cannot be made: {error}; choose another path") from error
-    for place, content in files.items():
-        write_whole(place, content)
-    return list(files)
-
-
-def adapter_state(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """The adapter in `pipe` as tensors in diffusers' keys, not copied. Raises AdapterError if there is none."""
-    return diffusers_keys(adapter_in(pipe))
-
-
-def _serialised(tensors: Mapping[str, Tensor], header: Mapping[str, str], dtype: torch.dtype | None) -> bytes:
-    """The bytes of a safetensors file, the same for the same content: the library alone shuffles the header."""
-    ready = {}
-    for key, tensor in tensors.items():
-        ready[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        if not bool(torch.isfinite(ready[key]).all()):
-            raise AdapterError(f"{key} holds NaN or infinity, so that nothing was saved; train with a lower lr")
-    content = save(ready, dict(header))
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    described = json.loads(content[8:start])
-    described["__metadata__"] = dict(sorted(described["__metadata__"].items()))
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + content[start:]
+    return Adapter.of(pipe, metadata).save(path, format=format, dtype=dtype)
 
 
 # --- loading -------------------------------------------------------------------------------------
 
 
-def load_adapter(pipe: DiffusionPipeline, path: str | Path, scale: float = 1.0) -> None:
-    """Put the adapter at `path` on `pipe`, active at `scale`, in place of one that was loaded or trained before.
+def load_adapter(pipe: DiffusionPipeline, source: "str | Path | Adapter", scale: float = 1.0) -> None:
+    """Put an adapter on `pipe`, active at `scale`, in place of one that was loaded or trained before.
 
     Reads our files, and LoRA files of diffusers and kohya for the same base model; alpha is honoured. Other adapters
     stay loaded but are switched off.
 
     Args:
         pipe: any diffusers pipeline.
-        path: a safetensors file, or a run folder.
+        source: a safetensors file, a run folder, or an Adapter.
         scale: strength, 1.0 as trained, 0.0 the base model.
 
     Raises:
@@ -137,9 +76,24 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, scale: float = 1.0) 
     """
     if not math.isfinite(scale):
         raise AdapterError(f"the scale is {scale}; it has to be a number such as 1.0")
-    source = _source(path)
-    tensors, header = _read(source)
-    adapter = _fitting(pipe, tensors, header, source)
+    if isinstance(source, Adapter):
+        _put_on(pipe, _fitting(pipe, source.layers, source.base, "the adapter"), scale, "the adapter")
+        return
+    file = adapter_files.located(source)
+    tensors, header = adapter_files.read_file(file)
+    if header.get("alignprop.denoiser", "").endswith("_2"):
+        raise AdapterError(f"{file.name} is the half of an adapter made for ComfyUI; load the file with both halves")
+    base = Base.of_header(header)
+    try:
+        layers = layers_from(pipe, tensors, header)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+        raise AdapterError(
+            f"{file.name} holds no LoRA that {type(pipe).__name__} can read ({error}); {_way_out(base)}"
+        ) from error
+    _put_on(pipe, _fitting(pipe, layers, base, file.name), scale, file.name)
+
+
+def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, called: str) -> None:
     parts = networks(pipe)
     required = [(parameter, parameter.requires_grad) for name in adapter for parameter in parts[name].parameters()]
     for part in parts.values():
@@ -153,7 +107,7 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, scale: float = 1.0) 
         for part in parts.values():
             _remove(part)
         raise AdapterError(
-            f"{source.name} could not be put on {type(pipe).__name__}, which is without adapter now: {error}"
+            f"{called} could not be put on {type(pipe).__name__}, which is without adapter now: {error}"
         ) from error
     finally:
         for parameter, was in required:
@@ -162,73 +116,29 @@ def load_adapter(pipe: DiffusionPipeline, path: str | Path, scale: float = 1.0) 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts in the header of an adapter file. Raises AdapterError."""
-    return _read(_source(path))[1]
+    return adapter_files.read_file(adapter_files.located(path))[1]
 
 
-def _source(path: str | Path) -> Path:
-    source = Path(path)
-    if source.is_dir():
-        source = source / "adapter.safetensors"
-    if not source.is_file():
-        raise AdapterError(f"there is no adapter file {str(source)!r}; a run writes runs/<name>/adapter.safetensors")
-    return source
+def _way_out(base: Base) -> str:
+    made_for = " ".join(filter(None, (base.base_model, base.base_class)))
+    return f"load it into {made_for or 'the pipeline that it was made for'}"
 
 
-def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(source, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, ValueError) as error:
-        if _is_pickle(source):
-            raise AdapterError(
-                f"{source.name} is a pickle, which can run any program when it is read, and is not opened: "
-                "ask for a .safetensors file, or convert it in a place where that does not matter"
-            ) from None
-        raise AdapterError(
-            f"{source.name} cannot be read as safetensors ({error}): it is cut off, damaged or of another kind; "
-            "copy or download it again"
-        ) from error
-    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
-    if broken:
-        raise AdapterError(f"{source.name} holds NaN or infinity, first in {broken[0]}: it was saved by a failed run")
-    return tensors, header
-
-
-def _is_pickle(source: Path) -> bool:
-    try:
-        with source.open("rb") as file:
-            start = file.read(2)
-    except OSError:
-        return False
-    return start == b"PK" or start[:1] == b"\x80"  # torch's zip, and bare pickles
-
-
-def _fitting(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Mapping[str, str], source: Path) -> Adapter:
-    """The adapter in `tensors`, every layer of it found in `pipe` with the right shape, or AdapterError."""
-    if header.get("alignprop.denoiser", "").endswith("_2"):
-        raise AdapterError(f"{source.name} is the half of an adapter made for ComfyUI; load the file with both halves")
-    made_for = " ".join(filter(None, (header.get("alignprop.base_model"), header.get("alignprop.base_class"))))
-    way_out = f"load it into {made_for or 'the pipeline that it was made for'}"
-    try:
-        adapter = adapter_from(pipe, tensors, header)
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
-        raise AdapterError(
-            f"{source.name} holds no LoRA that {type(pipe).__name__} can read ({error}); {way_out}"
-        ) from error
+def _fitting(pipe: DiffusionPipeline, adapter: Layers, base: Base, called: str) -> Layers:
+    """The layers, if every one of them is found in `pipe` with the right shape, else AdapterError."""
     parts = networks(pipe)
     misfits = [
         f"{name}.{path} {problem}"
         for name, layers in adapter.items()
         for path, factors in layers.items()
-        if (problem := misfit(parts[name], path, factors))
+        if (problem := misfit(parts[name], path, factors) if name in parts else "does not exist there")
     ]
     if misfits or not adapter:
         total = sum(len(layers) for layers in adapter.values())
         reason = (
             f"{len(misfits)} of its {total} layers do not fit, the first: {misfits[0]}" if misfits else "it is empty"
         )
-        raise AdapterError(f"{source.name} was not made for this {type(pipe).__name__}: {reason}; {way_out}")
+        raise AdapterError(f"{called} was not made for this {type(pipe).__name__}: {reason}; {_way_out(base)}")
     return adapter
 
 

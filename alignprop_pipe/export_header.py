@@ -7,11 +7,13 @@ scripts write and AUTOMATIC1111 reads; `alignprop.*` is ours.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
 
 from alignprop_pipe import __version__
 from alignprop_pipe.errors import AdapterError
@@ -38,8 +40,72 @@ ARCHITECTURES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter was made for, as far as it is known.
+
+    `base_model` is a public id; `base_class` the stock pipeline class; `families` says of each denoiser what it is:
+    `v1`, `v2` or `xl` for the UNets of Stable Diffusion, else its class; `prediction` is `epsilon` or `v`.
+    """
+
+    base_model: str = ""
+    base_class: str = ""
+    families: Mapping[str, str] = field(default_factory=dict)
+    prediction: str = ""
+
+    @classmethod
+    def of_header(cls, header: Mapping[str, str]) -> "Base":
+        """What a file's header says of it."""
+        try:
+            families = json.loads(header.get("alignprop.families", "{}"))
+        except ValueError:
+            families = {}
+        known = {str(name): str(family) for name, family in families.items()} if isinstance(families, dict) else {}
+        model = header.get("alignprop.base_model", "") or header.get("ss_sd_model_name", "")
+        prediction = header.get("modelspec.prediction_type", "")
+        return cls(public_id(model), header.get("alignprop.base_class", ""), known, prediction)
+
+    @classmethod
+    def of_file(cls, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> "Base":
+        """What a file's header says, and for files of others what its keys and shapes say."""
+        said = cls.of_header(header)
+        if said.base_class and said.families:
+            return said
+        base_class, name, family = guessed(tensors, header)
+        return replace(said, base_class=said.base_class or base_class, families=said.families or {name: family})
+
+
+def guessed(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> tuple[str, str, str]:
+    """The pipeline class, the denoiser's name and its family, by the keys of a LoRA file and the shapes in it."""
+    keys = " ".join(tensors)
+    if "single_transformer_blocks" in keys or "double_blocks" in keys:
+        return "FluxPipeline", "transformer", "FluxTransformer2DModel"
+    if "joint_blocks" in keys or ("add_q_proj" in keys and "transformer" in keys):
+        return "StableDiffusion3Pipeline", "transformer", "SD3Transformer2DModel"
+    widths = {tensor.shape[1] for key, tensor in tensors.items() if _reads_text(key) and tensor.ndim > 1}
+    if 2048 in widths or "lora_te2_" in keys or "text_encoder_2." in keys:
+        return "StableDiffusionXLPipeline", "unet", "xl"
+    return "StableDiffusionPipeline", "unet", "v2" if 1024 in widths or header.get("ss_v2") == "True" else "v1"
+
+
+def _reads_text(key: str) -> bool:
+    """Whether it is the down-projection of a cross-attention's keys, whose width is that of the text's embedding."""
+    return "attn2" in key and "to_k" in key and ("lora_A" in key or "down" in key)
+
+
+def base_of(pipe: DiffusionPipeline) -> Base:
+    """What a pipeline says of itself."""
+    denoisers = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    families = {
+        name: _family(part)
+        for name, part in denoisers.items()
+        if isinstance(getattr(part, "_orig_mod", part), ModelMixin) and not hasattr(part, "decode")
+    }
+    return Base(_base_model(pipe), _stock_class(pipe), families, _prediction(pipe))
+
+
 def header_for(
-    pipe: DiffusionPipeline,
+    made_for: Base,
     shapes: Mapping[str, tuple[int, float]],
     metadata: Mapping[str, str],
     *,
@@ -54,23 +120,25 @@ def header_for(
     if wrong:
         raise AdapterError(f"metadata {wrong[0]!r} is not a text; safetensors headers hold texts alone: use json.dumps")
     given = dict(metadata)
-    base = public_id(given.pop("base_model", "")) or _base_model(pipe)
+    base = public_id(given.pop("base_model", "")) or made_for.base_model
     name, (rank, alpha) = next(iter(shapes.items()))
-    family = _family(getattr(pipe, name))
+    family = made_for.families.get(name, "")
+    families = {name: made_for.families[name] for name in shapes if name in made_for.families}
     header = {
         "format": "pt",
         "alignprop.format": FORMAT,
         "alignprop.version": __version__,
         "alignprop.base_model": base,
-        "alignprop.base_class": _stock_class(pipe),
+        "alignprop.base_class": made_for.base_class,
+        "alignprop.families": json.dumps(families) if families else "",
         "alignprop.rank": str(rank),
         "alignprop.alpha": f"{alpha:g}",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora",
+        "modelspec.architecture": f"{ARCHITECTURES.get(family, family)}/lora" if family else "",
         "modelspec.implementation": "diffusers",
         "modelspec.title": given.get("title", title),
         "modelspec.trigger_phrase": given.get("trigger_prompts", ""),
-        "modelspec.prediction_type": _prediction(pipe),
+        "modelspec.prediction_type": made_for.prediction,
     }
     if kohya:
         header |= {

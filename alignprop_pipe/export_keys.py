@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class Factors:
         return self.up if self.alpha == self.rank else self.up * (self.alpha / self.rank)
 
 
-Adapter = dict[str, dict[str, Factors]]
+Layers = dict[str, dict[str, Factors]]
 """Factors by component ("unet", "transformer", "transformer_2", "text_encoder") and by the layer's name in it."""
 
 
@@ -79,7 +79,7 @@ def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: getattr(part, "_orig_mod", part) for name, part in components(pipe).items()}
 
 
-def adapter_in(pipe: DiffusionPipeline) -> Adapter:
+def layers_in(pipe: DiffusionPipeline) -> Layers:
     """The adapter that the denoisers of `pipe` hold. Raises AdapterError if they hold none."""
     found = {}
     for name, part in networks(pipe).items():
@@ -110,7 +110,7 @@ def common_shape(layers: Mapping[str, Factors]) -> tuple[int, float]:
     return Counter((factors.rank, factors.alpha) for factors in layers.values()).most_common(1)[0][0]
 
 
-def diffusers_keys(adapter: Adapter) -> dict[str, Tensor]:
+def diffusers_keys(adapter: Layers) -> dict[str, Tensor]:
     """Tensors as diffusers names them, ready for any pipeline's `load_lora_weights`."""
     tensors = {}
     for name, layers in adapter.items():
@@ -120,12 +120,14 @@ def diffusers_keys(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def comfyui_keys(pipe: DiffusionPipeline, name: str, layers: dict[str, Factors]) -> dict[str, Tensor]:
-    """Tensors of one denoiser as ComfyUI finds them: kohya's names for a UNet, else those of its own key map."""
+def comfyui_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Tensors of one denoiser as ComfyUI finds them: kohya's names for a UNet, else those of its own key map.
+
+    `family` is the denoiser's class name, or `v1`, `v2` or `xl` for Stable Diffusion's UNets.
+    """
     if name != "unet":
-        kind = type(networks(pipe)[name]).__name__
-        prefix = "diffusion_model" if kind in COMFYUI_KEYS else "transformer"
-        return diffusers_keys({prefix: {_renamed(path, COMFYUI_KEYS.get(kind, {})): f for path, f in layers.items()}})
+        prefix, renames = ("diffusion_model" if family in COMFYUI_KEYS else "transformer"), COMFYUI_KEYS.get(family, {})
+        return diffusers_keys({prefix: {_renamed(path, renames): factors for path, factors in layers.items()}})
     plain = {}
     for path, factors in layers.items():
         plain[f"unet.{path}.lora_A.weight"] = factors.down
@@ -145,23 +147,60 @@ def _renamed(path: str, names: Mapping[str, str]) -> str:
 # --- out of a file --------------------------------------------------------------------------------------------------
 
 
-def adapter_from(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def layers_from(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Layers:
     """Sort the keys of any known format by component and layer, through the converter of the pipeline itself."""
-    read: Any = getattr(pipe, "lora_state_dict", StableDiffusionLoraLoaderMixin.lora_state_dict)
     options: dict[str, Any] = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
-    if "return_alphas" in inspect.signature(read).parameters:
-        options["return_alphas"] = True
-    converted = read(dict(tensors), **options)
-    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
     parts = networks(pipe)
     sole = next((n for n, part in parts.items() if isinstance(part, ModelMixin) and not hasattr(part, "decode")), "")
+    bare = {
+        name for name, part in parts.items() if not isinstance(part, ModelMixin) and not hasattr(part, "text_model")
+    }
+    return _sorted(_converted(pipe, tensors, options), header, set(parts), sole, bare)
+
+
+COMPONENTS = (
+    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
+)  # fmt: skip
+
+
+def layers_alone(reader: Any, tensors: dict[str, Tensor], header: Mapping[str, str], unet_config: Any) -> Layers:
+    """As `layers_from`, where there is no pipeline but its class alone; None: any UNet of Stable Diffusion."""
+    is_transformer = not hasattr(reader, "unet_name") and hasattr(reader, "transformer_name")
+    options = {} if is_transformer else {"unet_config": unet_config}
+    sole = "transformer" if is_transformer else "unet"
+    return _sorted(_converted(reader, tensors, options), header, COMPONENTS, sole, COMPONENTS)
+
+
+def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    """The tensors in diffusers' names, with their alphas, by the loader of a pipeline or of a pipeline class."""
+    read: Any = getattr(reader, "lora_state_dict", StableDiffusionLoraLoaderMixin.lora_state_dict)
+    if "return_alphas" in inspect.signature(read).parameters:
+        options = {**options, "return_alphas": True}
+    converted = read(dict(tensors), **options)
+    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    return {**state, **(alphas or {})}
+
+
+def _sorted(
+    state: Mapping[str, Any], header: Mapping[str, str], names: Collection[str], sole: str, bare: Collection[str]
+) -> Layers:
+    """By component: of `names`, or `sole` where a key names none; text encoders in `bare` have no text_model level."""
     by_part: dict[str, dict[str, Any]] = {}
-    for key, value in {**state, **(alphas or {})}.items():
+    for key, value in state.items():
         head, _, rest = key.partition(".")
-        name, path = (head, rest) if head in parts else (sole, key.removeprefix("base_model.model."))
+        name, path = (head, rest) if head in names else (sole, key.removeprefix("base_model.model."))
         by_part.setdefault(name, {})[path] = value
     config = json.loads(header.get("lora_adapter_metadata", "{}"))
-    return {name: _layers(parts[name], keys, _config_of(config, name)) for name, keys in by_part.items()}
+    found = {}
+    for name, keys in by_part.items():
+        if name.startswith("text_encoder"):
+            keys = convert_state_dict(keys, {**DIFFUSERS_OLD_TO_PEFT, **DIFFUSERS_TO_PEFT})
+            if name in bare:
+                keys = {key.removeprefix("text_model."): value for key, value in keys.items()}
+        else:
+            keys = convert_unet_state_dict_to_peft(keys)
+        found[name] = _layers(keys, _config_of(config, name))
+    return found
 
 
 def _config_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -170,13 +209,7 @@ def _config_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return mine or dict(config)
 
 
-def _layers(part: nn.Module, keys: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Factors]:
-    if isinstance(part, ModelMixin):
-        keys = convert_unet_state_dict_to_peft(keys)
-    else:
-        keys = convert_state_dict(keys, {**DIFFUSERS_OLD_TO_PEFT, **DIFFUSERS_TO_PEFT})
-        if not hasattr(part, "text_model"):  # newer CLIPTextModel have no such level
-            keys = {key.removeprefix("text_model."): value for key, value in keys.items()}
+def _layers(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Factors]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in keys.items():
         path, lora, kind = key.partition(".lora_")

@@ -24,6 +24,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
 from alignprop_pipe import export, lora, stock
+from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.align import start, steps_of
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
@@ -159,9 +160,12 @@ class AlignPropPipeline(DiffusionPipeline):
         """
         return export.save_adapter(self, path, format=format, metadata=metadata)  # type: ignore[arg-type]
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
-        """Put an adapter file on the pipeline, in place of one that it holds. Raises AdapterError."""
-        export.load_adapter(self, path, scale)
+    def load_adapter(self, source: str | Path | Adapter, scale: float = 1.0) -> None:
+        """Put an adapter file, run folder or `Adapter` on the pipeline, in place of one that it holds.
+
+        `scale` is its strength: 1.0 as trained. Raises AdapterError.
+        """
+        export.load_adapter(self, source, scale)
 
 
 @contextmanager
@@ -337,9 +341,9 @@ def conclude(session: Session, interrupted: bool, status: str = "") -> AlignResu
     elif not status and done < config.steps:
         status = f"no better held-out score for {config.evaluation.patience} looks: ended after {done} steps"
     with autograd_on():  # in inference mode the copies would be of no use outside it
-        adapter = {name: tensor.float().cpu().clone() for name, tensor in export.adapter_state(pipe).items()}
+        adapter = Adapter.of(pipe, adapter_metadata(session, changes))
     if run is not None:
-        export.save_adapter(pipe, run.adapter_path, metadata=adapter_metadata(session, changes))
+        adapter.save(run.adapter_path)
         if after is not None:
             run.evidence(after, "after")
         run.finish(changes, status or "completed")

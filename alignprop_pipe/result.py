@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
+from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.evidence import paired_change
 from alignprop_pipe.records import Change, Evidence, StepRecord
@@ -17,14 +16,14 @@ from alignprop_pipe.records import Change, Evidence, StepRecord
 class AlignResult:
     """A finished run.
 
-    `adapter` holds the LoRA weights in float32 on the CPU, by diffusers' names. `before` and `after` are the
+    `adapter` is a copy on the CPU of the LoRA that was kept. `before` and `after` are the
     evidence on the same held-out prompts and noise; `after` belongs to the adapter that was kept. `stopped` says why
     a run ended early and is empty where it did not.
     """
 
     reward: str
     config: AlignConfig
-    adapter: Mapping[str, Tensor]
+    adapter: Adapter
     history: tuple[StepRecord, ...]
     before: Evidence | None
     after: Evidence | None

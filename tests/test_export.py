@@ -17,10 +17,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from alignprop_pipe import export, export_header
+from alignprop_pipe import adapter_files, export, export_header
+from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.errors import AdapterError, RunError
-from alignprop_pipe.export import adapter_state, load_adapter, read_metadata, save_adapter
-from alignprop_pipe.export_keys import Factors, adapter_from, comfyui_keys, diffusers_keys
+from alignprop_pipe.export import load_adapter, read_metadata, save_adapter
+from alignprop_pipe.export_keys import Factors, comfyui_keys, diffusers_keys, layers_from
 from alignprop_pipe.lora import ADAPTER_NAME, attention_linears
 
 BASE = sd15()
@@ -208,8 +209,8 @@ def test_any_ranks_and_alphas(layers: list[tuple[int, float]], form: str) -> Non
         linear = pipe.unet.get_submodule(path)
         shape = linear.out_features, linear.in_features
         wanted[path] = Factors(torch.randn(rank, shape[1]), torch.randn(shape[0], rank), alpha)
-    tensors = comfyui_keys(pipe, "unet", wanted) if form == "kohya" else diffusers_keys({"unet": wanted})
-    got = adapter_from(pipe, tensors, {})["unet"]
+    tensors = comfyui_keys("v1", "unet", wanted) if form == "kohya" else diffusers_keys({"unet": wanted})
+    got = layers_from(pipe, tensors, {})["unet"]
     assert got.keys() == wanted.keys()
     for path, factors in wanted.items():
         if form == "kohya":
@@ -422,7 +423,7 @@ def test_a_flipped_bit_is_an_error_or_a_value(
         assert len(deltas(PIPE.unet)) == len(attention_linears(PIPE.unet))
 
 
-CONTENT = export._serialised(adapter_state(trained(fresh())), {}, None)
+CONTENT = adapter_files.serialised(Adapter.of(trained(fresh())), {}, None)
 
 
 def test_a_failure_while_loading_leaves_the_base(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,8 +615,8 @@ def test_header_of_a_local_model_names_no_folder(local: Path, tmp_path: Path) ->
     assert str(tmp_path) not in json.dumps(read_metadata(file))
 
 
-def test_adapter_state_is_in_diffusers_names(adapter: Path) -> None:
-    state, written = adapter_state(trained(fresh())), load_file(adapter)
+def test_an_adapter_has_diffusers_names(adapter: Path) -> None:
+    state, written = Adapter.of(trained(fresh())), load_file(adapter)
     assert state.keys() == written.keys()
     assert all(torch.equal(state[key], written[key]) for key in written)
 

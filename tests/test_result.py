@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.records import Evidence, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
@@ -45,7 +46,7 @@ def result(**changed: object) -> AlignResult:
     whole = AlignResult(
         reward="clip < 1 & tv",
         config=AlignConfig(),
-        adapter={},
+        adapter=Adapter({}),
         history=(record(0, before), record(1), record(2, after)),
         before=before,
         after=after,
