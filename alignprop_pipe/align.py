@@ -24,7 +24,7 @@ from alignprop_pipe.errors import ConfigError, RewardError, TrainingDiverged
 from alignprop_pipe.evidence import Rendered, assess, render
 from alignprop_pipe.loss import loss_of
 from alignprop_pipe.prompts import PromptSet
-from alignprop_pipe.records import Evidence, PromptBatch, Rollout, Scores, StepRecord, Videos
+from alignprop_pipe.records import Evidence, Images, PromptBatch, Rollout, Scores, StepRecord, Videos
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.combine import calibrate
 from alignprop_pipe.rewards.guard import check_reward
@@ -191,7 +191,7 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
         for first in range(0, len(whole.prompts), config.batch_size):
             results.append(accumulate(state, step, first, whole))
         norm = clipped_norm(state)
-    losses, scores, graded, distances = zip(*results, strict=True)
+    losses, scores, graded, distances, pictures = zip(*results, strict=True)
     if step == 1:
         refuse_satisfied_hinge(config, scores)
         refuse_idle(state, scores, norm)
@@ -211,6 +211,7 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
         memory_mb=memory_mb(stock.device_of(state.pipe)),
         skipped=skipped,
         evidence=look(state, step) if is_look(config, step, stop()) else None,
+        images=pictures[0],
     )
 
 
@@ -238,8 +239,13 @@ def refuse_idle(state: Training, scores: Sequence[Scores], norm: float) -> None:
         )
 
 
-def accumulate(state: Training, step: int, first: int, whole: PromptBatch) -> tuple[float, Scores, range, float | None]:
-    """One batch: its gradient is added, scaled so that the batches of a step count as one large batch."""
+def accumulate(
+    state: Training, step: int, first: int, whole: PromptBatch
+) -> tuple[float, Scores, range, float | None, Images]:
+    """One batch: its gradient is added, scaled so that the batches of a step count as one large batch.
+
+    Returns its share of the loss, the scores, the graded steps, the distance to the base model, and the pictures.
+    """
     config = state.config
     part = slice(first, first + config.batch_size)
     batch = PromptBatch(whole.prompts[part], {name: list(values)[part] for name, values in whole.targets.items()})
@@ -257,7 +263,13 @@ def accumulate(state: Training, step: int, first: int, whole: PromptBatch) -> tu
     state.scaler.scale(loss * share).backward()
     distance = None if made.distance is None else made.distance.item()
     kept = Scores(scores.total.detach(), {name: part.detach() for name, part in scores.parts.items()})
-    return loss.item() * share, kept, made.graded, distance
+    return loss.item() * share, kept, made.graded, distance, shown(made)
+
+
+def shown(made: Rollout) -> Images:
+    """The pictures, or the middle frames of videos, without their graph."""
+    images = made.images if made.images.ndim == 4 else made.images[:, made.images.shape[1] // 2]
+    return images.detach().float().cpu()
 
 
 def autocast(state: Training) -> AbstractContextManager[Any]:

@@ -11,14 +11,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
@@ -27,6 +26,7 @@ from alignprop_pipe import export, lora, stock
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.align import start, steps_of
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
+from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.prompts import PromptSet
@@ -36,6 +36,7 @@ from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder
+from alignprop_pipe.single_file import load_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +81,18 @@ class AlignPropPipeline(DiffusionPipeline):
     def from_single_file(
         cls, pretrained_model_link_or_path: str | Path, pipeline_class: type | None = None, **kwargs: Any
     ) -> "AlignPropPipeline":
-        """Load a single checkpoint file. The pipeline class is read from the configuration that diffusers finds.
+        """Load a single checkpoint file; Stable Diffusion 1.x, 2.x and XL with no call to the Hub.
 
-        Give `config=` (a diffusers folder or Hub id) where diffusers cannot tell the model by its weights, or
-        `pipeline_class=` to choose. Other `kwargs` are those of the stock `from_single_file`.
+        They need a folder with the CLIP tokenizer's vocab.json and merges.txt as `tokenizer_folder=` or `tokenizer=`,
+        or the tokenizer in the Hub's cache. For other models diffusers asks the Hub for the configuration: give
+        `config=` (a diffusers folder or Hub id) where it cannot tell the model by its weights, or `pipeline_class=` to
+        choose. Other `kwargs` are those of the stock `from_single_file`. Raises PipelineError.
         """
         path = str(pretrained_model_link_or_path)
-        chosen = pipeline_class or single_file_class(path, kwargs)
         with autograd_on():
-            return cls.from_pipe(chosen.from_single_file(path, **kwargs))
+            pipe = load_single_file(path, pipeline_class, **kwargs)
+        pipe.register_to_config(_name_or_path=path)
+        return cls.from_pipe(pipe)
 
     def align(
         self,
@@ -160,12 +164,18 @@ class AlignPropPipeline(DiffusionPipeline):
         """
         return export.save_adapter(self, path, format=format, metadata=metadata)  # type: ignore[arg-type]
 
-    def load_adapter(self, source: str | Path | Adapter, scale: float = 1.0) -> None:
+    def load_adapter(
+        self,
+        source: str | Path | Adapter,
+        scale: float = 1.0,
+        window: Window | str | Sequence[Any] | None = None,
+    ) -> None:
         """Put an adapter file, run folder or `Adapter` on the pipeline, in place of one that it holds.
 
-        `scale` is its strength: 1.0 as trained. Raises AdapterError.
+        `scale` is its strength: 1.0 as trained. `window` keeps it to a share of the denoising steps: (0.0, 0.6) or
+        "0.0-0.6" are the first 60 % (default: what the file says, else all). Raises AdapterError, ConfigError.
         """
-        export.load_adapter(self, source, scale)
+        export.load_adapter(self, source, scale, window)
 
 
 @contextmanager
@@ -200,26 +210,6 @@ def aligned_class(kind: type) -> type:
     """
     body = {"__qualname__": f"AlignProp{kind.__name__}", "__module__": __name__, "__doc__": kind.__doc__}
     return type(kind.__name__, (AlignPropPipeline, kind), body)
-
-
-def single_file_class(path: str, kwargs: Mapping[str, Any]) -> type:
-    """The stock class named by the configuration for a checkpoint file."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-
-    config = kwargs.get("config")
-    if config is None:
-        local = bool(kwargs.get("local_files_only", False))
-        config = fetch_diffusers_config(load_single_file_checkpoint(path, local_files_only=local))[
-            "pretrained_model_name_or_path"
-        ]
-    try:
-        name = cast(dict[str, Any], DiffusionPipeline.load_config(config))["_class_name"]
-    except OSError as error:
-        raise PipelineError(
-            f"the pipeline configuration {config!r} for {path!r} is not on this machine: go online once, or give "
-            "config= a folder in diffusers' format of the same model, or pipeline_class= a class of diffusers"
-        ) from error
-    return getattr(diffusers, name)
 
 
 # --- the steps of align ---
@@ -308,6 +298,7 @@ class Session:
 
     def remember(self, record: StepRecord) -> None:
         """Append a record; of the looks, only the first and the kept one hold on to their pictures."""
+        record = replace(record, images=None)
         self.history.append(record)
         kept = kept_evidence(self.history, self.config)
         for number, old in enumerate(self.history[1:], start=1):

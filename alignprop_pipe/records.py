@@ -61,7 +61,11 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. `step` counts from 1; a skipped step has a non-finite loss or gradient."""
+    """One optimizer step. `step` counts from 1; a skipped step has a non-finite loss or gradient.
+
+    `images` are the pictures of the step's first batch, on the CPU, for a preview (of videos the middle frames); a
+    finished run keeps none of them.
+    """
 
     step: int
     loss: float
@@ -74,6 +78,7 @@ class StepRecord:
     memory_mb: float
     skipped: bool = False
     evidence: Evidence | None = None
+    images: Images | None = None
 
 
 class Change(NamedTuple):

@@ -110,7 +110,8 @@ class RunFolder:
         """
         look = record.evidence
         # Without the pictures: a long run would fill the memory with them.
-        self.records.append(record if look is None else dataclasses.replace(record, evidence=_without_images(look)))
+        kept = None if look is None else _without_images(look)
+        self.records.append(dataclasses.replace(record, evidence=kept, images=None))
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
         try:
             with (self.path / "metrics.jsonl").open("ab") as file:

@@ -1,14 +1,74 @@
-"""The entry for ComfyUI. `comfy_api` exists only inside ComfyUI, so it is imported when ComfyUI asks, not before."""
+"""The nodes for ComfyUI. `comfy_api` exists only inside ComfyUI, so it is imported when ComfyUI asks, not before."""
 
+import logging
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+WEB_DIRECTORY = str(Path(__file__).parent / "web")
+NEEDED = ("alignprop_pipe", "diffusers", "peft", "accelerate", "transformers", "kornia", "matplotlib", "jaxtyping", "psutil")
+"""What a ComfyUI may lack: the first names of the modules that requirements.txt brings."""
 
 
 async def comfy_entrypoint() -> Any:
-    """The extension, with its list of nodes; it is empty so far."""
-    from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports]  # comes with ComfyUI
+    """The extension, with its list of nodes; what is missing is said in the console and in the list."""
+    from comfy_api.latest import ComfyExtension
+
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        logging.getLogger("alignprop").warning("alignprop: %s", way_out(missing))
 
     class AlignPropExtension(ComfyExtension):
         async def get_node_list(self) -> list[Any]:
-            return []
+            return [missing_node(missing)] if missing else nodes()
 
     return AlignPropExtension()
+
+
+def nodes() -> list[Any]:
+    """Every node, in the order of a graph."""
+    from .adapters import ApplyAdapter, LoadAdapter, MixAdapters, PushToHub, SaveAdapter
+    from .align import Align
+    from .load_pipeline import LoadPipeline
+    from .prompts import Prompts
+    from .rewards import CombineRewards, Reward, RewardText, Score
+    from .sample import Sample
+
+    return [
+        LoadPipeline, Reward, RewardText, CombineRewards, Prompts, Align, Sample, Score, SaveAdapter, LoadAdapter,
+        MixAdapters, ApplyAdapter, PushToHub,
+    ]  # fmt: skip
+
+
+def way_out(missing: list[str]) -> str:
+    """What to type, in the Python that runs ComfyUI."""
+    requirements = Path(__file__).parent.parent / "requirements.txt"
+    wanted = f'-r "{requirements}"' if requirements.is_file() else "alignprop-pipe"
+    return f'{", ".join(missing)} not installed: run "{sys.executable}" -m pip install {wanted} and start ComfyUI again'
+
+
+def missing_node(missing: list[str]) -> Any:
+    """A node that stands for the others while something is not installed."""
+    from comfy_api.latest import io
+
+    class NotInstalled(io.ComfyNode):
+        """Says how to mend the installation."""
+
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return io.Schema(
+                node_id="AlignPropNotInstalled",
+                display_name=f"AlignProp is not installed: {', '.join(missing)} missing",
+                category="AlignProp",
+                description=way_out(missing),
+                inputs=[],
+                outputs=[],
+                is_output_node=True,
+            )
+
+        @classmethod
+        def execute(cls) -> Any:
+            raise RuntimeError(way_out(missing))
+
+    return NotInstalled

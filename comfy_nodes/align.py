@@ -1,0 +1,192 @@
+"""The node that trains: AlignProp inside the graph, with a bar, previews and a curve while it runs."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .widgets import config_from, presets, setting_widgets
+
+EVENT = "alignprop.step"
+PREVIEWED = 4
+
+
+class Align(io.ComfyNode):
+    """Train a LoRA on the pipeline's denoiser so that its pictures score higher."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AlignPropAlign",
+            display_name="Align (AlignProp)",
+            description="Trains a LoRA by sending the reward's gradient back through the whole drawing of the picture "
+            "(AlignProp). Held-out prompts are drawn with the same noise before and after, as evidence.",
+            search_aliases=["alignprop", "train", "LoRA", "RLHF", "reward", "DRaFT", "fine-tune"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                host.Pipe.Input("pipe", tooltip="the model to align"),
+                host.RewardSocket.Input("reward", tooltip="what its pictures shall become better at"),
+                host.Prompts.Input("prompts", tooltip="what it draws meanwhile; some are held out"),
+                *_settings(),
+                io.String.Input("run_name", default="alignprop/run", optional=True, tooltip=RUN_NAME),
+            ],
+            outputs=[
+                host.AdapterSocket.Output(display_name="adapter", tooltip="the LoRA, for Save, Sample, Mix and Apply"),
+                host.LoraModel.Output(display_name="lora", tooltip="the same for ComfyUI's own LoRA nodes"),
+                host.LossMap.Output(display_name="loss_map", tooltip="for ComfyUI's own loss graph node"),
+                io.Image.Output(display_name="before", tooltip="held-out prompts, drawn by the base model"),
+                io.Image.Output(display_name="after", tooltip="the same prompts and noise, with the adapter"),
+                io.Image.Output(display_name="curve", tooltip="reward and held-out scores over the steps"),
+                io.String.Output(display_name="report", tooltip="what changed, in numbers"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, truncation: Any = "random", checkpointing: Any = "all", loss: Any = "maximize") -> bool | str:
+        texts = {"truncation": truncation, "checkpointing": checkpointing, "loss": loss}
+        try:
+            config_from({name: text for name, text in texts.items() if text is not None})
+        except Exception as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, pipe: Any, reward: Any, prompts: Any, run_name: str = "alignprop/run", **settings: Any
+    ) -> io.NodeOutput:
+        with host.working():
+            config = config_from(settings)
+            config = config if prompts.targets else config.replace(judges=())
+            run = Run(str(cls.hidden.unique_id), config, len(prompts.split(config.evaluation.eval_prompts, config.seed)[1]))
+            with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress.call):
+                try:
+                    result = pipe.align(reward, prompts, config, out=host.run_folder(run_name), on_step=run.on_step)
+                except KeyboardInterrupt:
+                    host.stop_if_asked()
+                    raise
+                finally:
+                    from alignprop_pipe import lora, stock
+
+                    lora.detach(stock.denoisers(pipe))  # the adapter goes its own way; the pipe is the base model's
+            if result.interrupted:
+                keep_stopped(result)
+            return outputs(result, run)
+
+
+def _settings() -> list[Any]:
+    made = [host.seed_input("the run's only source of randomness") if widget.name == "seed" else host.widget_input(widget)
+            for widget in setting_widgets()]  # fmt: skip
+    made[0].extra_dict = {**made[0].extra_dict, "alignprop_presets": presets()}
+    return made
+
+
+class Run:
+    """What the node shows while it trains."""
+
+    def __init__(self, node_id: str, config: Any, held_out: int) -> None:
+        self.node_id, self.config = node_id, config
+        self.points: list[dict[str, Any]] = []
+        calls, evaluation = config.sampling.num_inference_steps, config.evaluation
+        looks = 0 if not held_out else 2 + (config.steps - 1) // evaluation.eval_every if evaluation.eval_every else 2
+        batches = looks * math.ceil(held_out / evaluation.eval_batch_size)
+        steps = config.steps * config.gradient_accumulation_steps
+        self.progress = host.Progress(node_id, calls * (batches + steps))
+        self.progress.say("drawing the held-out prompts" if held_out else "training")
+
+    def on_step(self, record: Any) -> None:
+        """Bar, text, preview and curve of one record."""
+        self.points.append(point(record))
+        host.send(EVENT, {"node": self.node_id, "steps": self.config.steps, "point": self.points[-1]})
+        pictures = record.evidence.images if record.evidence is not None else record.images
+        if pictures is not None:
+            self.progress.show(sheet(pictures[:PREVIEWED]))
+        self.progress.say(self.text(record))
+
+    def text(self, record: Any) -> str:
+        """One line for the node: `step 3/50  reward 0.52  held-out 0.48  1 min 20 s left`."""
+        held_out = next((p["held_out"] for p in reversed(self.points) if p["held_out"] is not None), None)
+        words = [f"step {record.step}/{self.config.steps}"]
+        words += [f"reward {record.reward:.4g}"] if record.step else []
+        words += [f"held-out {held_out:.4g}"] if held_out is not None else []
+        left = self.progress.left()
+        return "  ".join([*words, f"{int(left // 60)} min {int(left % 60):02d} s left"])
+
+
+def point(record: Any) -> dict[str, Any]:
+    """A record as the curve needs it."""
+    look = record.evidence
+    return {
+        "step": record.step,
+        "reward": record.reward if record.step and math.isfinite(record.reward) else None,
+        "held_out": look.reward if look is not None and math.isfinite(look.reward) else None,
+        "judges": {} if look is None else {name: value for name, value in look.judges.items() if math.isfinite(value)},
+    }
+
+
+def sheet(pictures: Any) -> Any:
+    """Up to four pictures on one, as a preview (PIL)."""
+    from alignprop_pipe import drawings, sampling
+
+    return sampling.make_grid([sampling.enlarged(drawings.picture(picture)) for picture in pictures])
+
+
+def keep_stopped(result: Any) -> None:
+    """The user pressed stop: the adapter so far goes where LoRAs are, and the graph ends as it does for a stop."""
+    if result.steps:
+        path, listed = host.new_lora_path("AlignProp-stopped")
+        result.adapter.save(path, format="kohya")
+        host.logger.warning("alignprop: stopped after %d steps; the adapter so far is models/loras/%s", result.steps, listed)
+    host.stop_if_asked()
+
+
+def outputs(result: Any, run: Run) -> io.NodeOutput:
+    """The node's outputs, and what it shows when it is done."""
+    folder = result.run_folder
+    report = "\n".join(f"{name}: {text}" for name, text in result.rows() if name != "run folder")
+    report += f"\nreport: {host.shown_in(folder / 'report.html')}"
+    steps = [record for record in result.history if record.step]
+    losses = {"loss": [record.loss for record in steps], "reward": [record.reward for record in steps]}
+    ui = {"text": (report,), "alignprop_curve": ({"steps": run.config.steps, "points": run.points},)}
+    return io.NodeOutput(
+        result.adapter,
+        result.adapter.comfyui_tensors(),
+        losses,
+        images_of(result.before),
+        images_of(result.after),
+        picture_file(folder / "curve.png"),
+        report,
+        ui=ui | shown_images(folder),
+    )
+
+
+def images_of(look: Any) -> Any:
+    """The pictures of a look at the held-out prompts as IMAGE; one black picture where there was no look."""
+    import torch
+
+    return torch.zeros(1, 64, 64, 3) if look is None or look.images is None else host.image_of(look.images)
+
+
+def picture_file(path: Path) -> Any:
+    """A picture from disk as IMAGE."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+
+
+def shown_images(folder: Path) -> dict[str, Any]:
+    """The sheet of before and after for the node itself, out of the run folder."""
+    path = folder / "before-after.png"
+    output = Path(host.folder_paths.get_output_directory()).resolve()
+    if not path.is_file() or not path.resolve().is_relative_to(output):
+        return {}
+    subfolder = str(path.resolve().parent.relative_to(output))
+    return {"images": [{"filename": path.name, "subfolder": subfolder, "type": "output"}]}
+
+
+RUN_NAME = "where the report, pictures and curve of the run go, inside ComfyUI's output folder; a number is added"

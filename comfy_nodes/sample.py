@@ -1,0 +1,76 @@
+"""The node that draws with a pipeline and an adapter."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+
+
+class Sample(io.ComfyNode):
+    """Pictures of the pipeline, with an adapter or without."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AlignPropSample",
+            display_name="Sample (AlignProp)",
+            description="Draws prompts with the pipeline. With the same seed, an adapter or none gets the same noise.",
+            search_aliases=["alignprop", "generate", "KSampler", "text to image"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                host.Pipe.Input("pipe", tooltip="the model"),
+                host.Prompts.Input("prompts", tooltip="what to draw"),
+                host.AdapterSocket.Input("adapter", optional=True, tooltip="from Align, Load Adapter or Mix Adapters"),
+                io.Float.Input("scale", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True, tooltip=SCALE),
+                host.seed_input("decides the noise, together with the prompt"),
+                io.Int.Input("first", default=8, min=1, max=1000, step=1, optional=True, tooltip="how many of the prompts"),
+                io.Int.Input("num_inference_steps", default=50, min=1, max=1000, step=1, optional=True, tooltip="denoising steps"),
+                io.Float.Input("guidance_scale", default=7.5, min=0.0, max=100.0, step=0.1, optional=True, tooltip=GUIDANCE),
+                io.Int.Input("height", default=0, min=0, max=8192, step=8, optional=True, tooltip=f"height {SIDE}"),
+                io.Int.Input("width", default=0, min=0, max=8192, step=8, optional=True, tooltip=f"width {SIDE}"),
+                io.Int.Input("batch_size", default=4, min=1, max=256, step=1, optional=True, tooltip="pictures drawn at once"),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="one picture for each prompt")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, pipe: Any, prompts: Any, adapter: Any = None, scale: float = 1.0, seed: int = 0, first: int = 8,
+        batch_size: int = 4, **sampling: Any,
+    ) -> io.NodeOutput:  # fmt: skip
+        import torch
+
+        from alignprop_pipe import SamplingOptions, lora, stock
+        from alignprop_pipe.sampling import sample_pictures
+
+        sides = {side: sampling.pop(side, 0) or None for side in ("height", "width")}
+        chosen = [prompts.prompts[place] for place in range(min(first, len(prompts)))]
+        with host.working():
+            options = SamplingOptions(**sampling, **sides)
+            progress = host.Progress(str(cls.hidden.unique_id), options.num_inference_steps * -(-len(chosen) // batch_size))
+            try:
+                with host.on_device(pipe):
+                    if adapter is not None:
+                        pipe.load_adapter(adapter, scale=scale)
+                    with host.counted_calls(pipe, progress.call):
+                        drawn = list(sample_pictures(pipe, chosen, options, seed=seed, batch_size=batch_size))
+            except KeyboardInterrupt:
+                host.stop_if_asked()
+                raise
+            finally:
+                lora.detach(stock.denoisers(pipe))
+            return io.NodeOutput(torch.cat([picture_tensor(one.image) for one in drawn]))
+
+
+def picture_tensor(picture: Any) -> Any:
+    """A PIL picture as IMAGE."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+
+
+SCALE = "strength of the adapter: 1 as trained, 0 the base model"
+GUIDANCE = "classifier-free guidance; 1 is none, which is right for the bundled model"
+SIDE = "in pixels; 0: the model's own"
