@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 WEB_DIRECTORY = str(Path(__file__).parent / "web")
-NEEDED = ("alignprop_pipe", "diffusers", "peft", "accelerate", "transformers", "kornia", "matplotlib", "jaxtyping", "psutil")
+NEEDED = (
+    "alignprop_pipe", "diffusers", "peft", "accelerate", "transformers", "kornia", "matplotlib", "jaxtyping", "psutil",
+)  # fmt: skip
 """What a ComfyUI may lack: the first names of the modules that requirements.txt brings."""
 
 

@@ -25,7 +25,7 @@ class SaveAdapter(io.ComfyNode):
             inputs=[
                 host.AdapterSocket.Input("adapter", tooltip="from Align, Load Adapter or Mix Adapters"),
                 io.String.Input("filename_prefix", default="AlignProp", tooltip=PREFIX),
-                io.Combo.Input("dtype", options=list(DTYPES), default="float32", optional=True, tooltip="precision of the file"),
+                io.Combo.Input("dtype", options=list(DTYPES), default="float32", optional=True, tooltip=DTYPE),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="the file's name in the LoRA loaders' lists")],
         )
@@ -33,7 +33,7 @@ class SaveAdapter(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix: Any = "") -> bool | str:
         ok = filename_prefix is None or (filename_prefix.strip() and ".." not in filename_prefix)
-        return bool(ok) or f"filename_prefix is {filename_prefix!r}; a name is needed, such as AlignProp or cats/AlignProp"
+        return bool(ok) or f"filename_prefix is {filename_prefix!r}; a name such as cats/AlignProp is needed"
 
     @classmethod
     def execute(cls, adapter: Any, filename_prefix: str, dtype: str = "float32") -> io.NodeOutput:
@@ -94,7 +94,7 @@ class MixAdapters(io.ComfyNode):
         inputs: list[Any] = []
         for number in range(1, MIXED + 1):
             inputs += [
-                host.AdapterSocket.Input(f"adapter_{number}", optional=True, tooltip=f"adapter {number}; a new one appears"),
+                host.AdapterSocket.Input(f"adapter_{number}", optional=True, tooltip=f"adapter {number}"),
                 io.Float.Input(
                     f"weight_{number}", default=0.5, min=-10.0, max=10.0, step=0.05, optional=True,
                     tooltip=f"how much of adapter {number}",
@@ -137,12 +137,12 @@ class ApplyAdapter(io.ComfyNode):
                 io.Model.Input("model", tooltip="the base model, as for a LoRA loader"),
                 host.AdapterSocket.Input("adapter", tooltip="from Align, Load Adapter or Mix Adapters"),
                 io.Clip.Input("clip", optional=True, tooltip="for adapters that also change the text encoder"),
-                io.Float.Input("strength_model", **strength, optional=True, tooltip="strength on the model; 1 as trained"),
+                io.Float.Input("strength_model", **strength, optional=True, tooltip="on the model; 1 as trained"),
                 io.Float.Input("strength_clip", **strength, optional=True, tooltip="strength on the text encoder"),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="the model with the adapter"),
-                io.Clip.Output(display_name="clip", tooltip="the text encoder, changed where the adapter has a part for it"),
+                io.Clip.Output(display_name="clip", tooltip="the text encoder, with the adapter's part for it"),
             ],
         )
 
@@ -155,9 +155,10 @@ class ApplyAdapter(io.ComfyNode):
         tensors = adapter.comfyui_tensors()
         fitting, layers = fitting_layers(model, clip, tensors)
         if not fitting:
+            made_for = adapter.base.base_model or adapter.base.base_class or "another model"
             raise ValueError(
-                f"not one of the adapter's {layers} layers fits this model: it was made for "
-                f"{adapter.base.base_model or adapter.base.base_class or 'another model'}. Load the checkpoint that it was trained on"
+                f"not one of the adapter's {layers} layers fits this model: it was made for {made_for}. "
+                "Load the checkpoint that it was trained on"
             )
         if fitting < layers:
             host.logger.warning("alignprop: %d of the adapter's %d layers fit this model", fitting, layers)
@@ -212,5 +213,6 @@ class PushToHub(io.ComfyNode):
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+DTYPE = "precision of the file"
 PREFIX = "name in models/loras, also with a subfolder (cats/AlignProp) and %year% %month% %day%; a number is added"
 RANK = "0: exact. Otherwise the mix is pressed into this rank, which loses some of it"

@@ -45,7 +45,9 @@ class Align(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, truncation: Any = "random", checkpointing: Any = "all", loss: Any = "maximize") -> bool | str:
+    def validate_inputs(
+        cls, truncation: Any = "random", checkpointing: Any = "all", loss: Any = "maximize"
+    ) -> bool | str:
         texts = {"truncation": truncation, "checkpointing": checkpointing, "loss": loss}
         try:
             config_from({name: text for name, text in texts.items() if text is not None})
@@ -60,7 +62,8 @@ class Align(io.ComfyNode):
         with host.working():
             config = config_from(settings)
             config = config if prompts.targets else config.replace(judges=())
-            run = Run(str(cls.hidden.unique_id), config, len(prompts.split(config.evaluation.eval_prompts, config.seed)[1]))
+            held_out = prompts.split(config.evaluation.eval_prompts, config.seed)[1]
+            run = Run(str(cls.hidden.unique_id), config, len(held_out))
             with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress.call):
                 try:
                     result = pipe.align(reward, prompts, config, out=host.run_folder(run_name), on_step=run.on_step)
@@ -77,8 +80,10 @@ class Align(io.ComfyNode):
 
 
 def _settings() -> list[Any]:
-    made = [host.seed_input("the run's only source of randomness") if widget.name == "seed" else host.widget_input(widget)
-            for widget in setting_widgets()]  # fmt: skip
+    made = [
+        host.seed_input(widget.tooltip) if widget.name == "seed" else host.widget_input(widget)
+        for widget in setting_widgets()
+    ]
     made[0].extra_dict = {**made[0].extra_dict, "alignprop_presets": presets()}
     return made
 
@@ -138,7 +143,7 @@ def keep_stopped(result: Any) -> None:
     if result.steps:
         path, listed = host.new_lora_path("AlignProp-stopped")
         result.adapter.save(path, format="kohya")
-        host.logger.warning("alignprop: stopped after %d steps; the adapter so far is models/loras/%s", result.steps, listed)
+        host.logger.warning("alignprop: stopped after %d steps; so far: models/loras/%s", result.steps, listed)
     host.stop_if_asked()
 
 

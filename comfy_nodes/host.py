@@ -213,7 +213,7 @@ def new_lora_path(prefix: str) -> tuple[Path, str]:
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root))
     except Exception as error:
-        raise ValueError(f"{prefix!r} leads out of models/loras; give a name such as AlignProp, or cats/AlignProp") from error
+        raise ValueError(f"{prefix!r} leads out of models/loras; give a name such as cats/AlignProp") from error
     file = f"{name}_{counter:05}_.safetensors"
     return Path(folder) / file, str(Path(subfolder) / file)
 
@@ -245,4 +245,3 @@ def shown_in(folder: Path) -> str:
 def image_socket(images: torch.Tensor) -> torch.Tensor:
     """ComfyUI's IMAGE -> [B, 3, H, W] that may enter a graph."""
     return images[..., :3].clone().float().movedim(-1, 1).contiguous()
-

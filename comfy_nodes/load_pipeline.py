@@ -35,14 +35,14 @@ class LoadPipeline(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, id_or_folder: Any = "") -> bool | str:
         text = cleaned(id_or_folder or "")
-        is_path = text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or text.endswith(".safetensors")
-        if text and is_path and not Path(text).expanduser().exists():
-            return f"there is no file or folder {text!r}; give a folder in diffusers' format, a .safetensors checkpoint, or a Hub id such as me/model"
-        return True
+        is_hub_id = text.count("/") <= 1 and "\\" not in text and not text.startswith((".", "/", "~"))
+        if not text or Path(text).expanduser().exists() or (is_hub_id and not text.endswith(".safetensors")):
+            return True
+        return f"there is no file or folder {text!r}; give {ID_OR_FOLDER.partition(': ')[2]}"
 
     @classmethod
     def fingerprint_inputs(cls, model: str = BUNDLED, id_or_folder: str = "", dtype: str = "auto") -> str:
-        return fingerprint(str(_path_of(model)) if not id_or_folder else id_or_folder)
+        return fingerprint(id_or_folder or str(_path_of(model)))
 
     @classmethod
     def execute(cls, model: str = BUNDLED, id_or_folder: str = "", dtype: str = "auto") -> io.NodeOutput:

@@ -61,5 +61,7 @@ def loaded(source: str, text: str, file: str) -> Any:
 
 
 SOURCE = "the text box, a file, or a set that comes with AlignProp (emoji is for the bundled model)"
-FILE_TIP = "a .txt file with one prompt a line, or .csv or .jsonl with a column 'prompt' (others are targets for rewards)"
+FILE_TIP = (
+    "a .txt file with a prompt a line, or .csv or .jsonl with a column 'prompt'; more columns tell rewards what counts"
+)
 EXAMPLE = "a fox in the snow\na red bicycle by the sea\ntwo cats on a sofa\na lighthouse at night"

@@ -94,7 +94,7 @@ class CombineRewards(io.ComfyNode):
         ]
         for number in range(1, TERMS + 1):
             inputs += [
-                host.RewardSocket.Input(f"reward_{number}", optional=True, tooltip=f"reward {number}; a new one appears"),
+                host.RewardSocket.Input(f"reward_{number}", optional=True, tooltip=f"reward {number}"),
                 io.Float.Input(
                     f"weight_{number}", default=1.0, min=-100.0, max=100.0, step=0.05, optional=True,
                     tooltip=f"how much reward {number} counts; below 0 it is held down (sum only)",
@@ -219,5 +219,5 @@ EXPRESSION = (
     'count("dog", 2), my_reward.py:score'
 )
 METHOD = "sum: weighted sum. min: a picture is as good as its worst side. softmin: the same, smoothly"
-SAME_SCALE = "bring the rewards to one scale first, measured on the base model's pictures, so that weights mean something"
+SAME_SCALE = "bring them to one scale first, measured on the base model's pictures, so that weights mean something"
 SCORE_PROMPT = "what the pictures should show: one line for all, or one line for each picture"

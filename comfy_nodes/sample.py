@@ -5,6 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
+from .widgets import config_from
 
 
 class Sample(io.ComfyNode):
@@ -24,12 +25,12 @@ class Sample(io.ComfyNode):
                 host.AdapterSocket.Input("adapter", optional=True, tooltip="from Align, Load Adapter or Mix Adapters"),
                 io.Float.Input("scale", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True, tooltip=SCALE),
                 host.seed_input("decides the noise, together with the prompt"),
-                io.Int.Input("first", default=8, min=1, max=1000, step=1, optional=True, tooltip="how many of the prompts"),
-                io.Int.Input("num_inference_steps", default=50, min=1, max=1000, step=1, optional=True, tooltip="denoising steps"),
-                io.Float.Input("guidance_scale", default=7.5, min=0.0, max=100.0, step=0.1, optional=True, tooltip=GUIDANCE),
-                io.Int.Input("height", default=0, min=0, max=8192, step=8, optional=True, tooltip=f"height {SIDE}"),
-                io.Int.Input("width", default=0, min=0, max=8192, step=8, optional=True, tooltip=f"width {SIDE}"),
-                io.Int.Input("batch_size", default=4, min=1, max=256, step=1, optional=True, tooltip="pictures drawn at once"),
+                _whole("first", 8, 1, 1000, "how many of the prompts, from the first on"),
+                _whole("num_inference_steps", 50, 1, 1000, "denoising steps"),
+                io.Float.Input("guidance_scale", default=7.5, min=0, max=100, step=0.1, optional=True, tooltip=GUIDE),
+                _whole("height", 0, 0, 8192, f"height {SIDE}", step=8),
+                _whole("width", 0, 0, 8192, f"width {SIDE}", step=8),
+                _whole("batch_size", 4, 1, 256, "pictures drawn at once"),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="one picture for each prompt")],
         )  # fmt: skip
@@ -41,14 +42,14 @@ class Sample(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         import torch
 
-        from alignprop_pipe import SamplingOptions, lora, stock
+        from alignprop_pipe import lora, stock
         from alignprop_pipe.sampling import sample_pictures
 
-        sides = {side: sampling.pop(side, 0) or None for side in ("height", "width")}
         chosen = [prompts.prompts[place] for place in range(min(first, len(prompts)))]
         with host.working():
-            options = SamplingOptions(**sampling, **sides)
-            progress = host.Progress(str(cls.hidden.unique_id), options.num_inference_steps * -(-len(chosen) // batch_size))
+            options = config_from(sampling).sampling
+            calls = options.num_inference_steps * -(-len(chosen) // batch_size)
+            progress = host.Progress(str(cls.hidden.unique_id), calls)
             try:
                 with host.on_device(pipe):
                     if adapter is not None:
@@ -63,6 +64,10 @@ class Sample(io.ComfyNode):
             return io.NodeOutput(torch.cat([picture_tensor(one.image) for one in drawn]))
 
 
+def _whole(name: str, default: int, low: int, high: int, tooltip: str, step: int = 1) -> Any:
+    return io.Int.Input(name, default=default, min=low, max=high, step=step, optional=True, tooltip=tooltip)
+
+
 def picture_tensor(picture: Any) -> Any:
     """A PIL picture as IMAGE."""
     import numpy as np
@@ -72,5 +77,5 @@ def picture_tensor(picture: Any) -> Any:
 
 
 SCALE = "strength of the adapter: 1 as trained, 0 the base model"
-GUIDANCE = "classifier-free guidance; 1 is none, which is right for the bundled model"
+GUIDE = "classifier-free guidance; 1 is none, which is right for the bundled model"
 SIDE = "in pixels; 0: the model's own"

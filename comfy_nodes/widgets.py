@@ -1,10 +1,10 @@
-"""What a node shows for the settings and the rewards of the package: widgets, and values back. ComfyUI is not needed."""
+"""What nodes show for the package's settings and rewards: widgets, and values back. ComfyUI is not needed here."""
 
 import inspect
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -111,7 +111,7 @@ def _listed(name: str, text: str, kind: Any) -> tuple[Any, ...]:
     try:
         return tuple(float(part) if float in get_args(kind) else part for part in parts)
     except ValueError as error:
-        raise ConfigError(f"{name} = {text!r}: numbers with commas between them are needed, such as 0.9, 0.999") from error
+        raise ConfigError(f"{name} = {text!r}: numbers with commas between them are needed") from error
 
 
 def _split(text: str) -> list[str]:
@@ -146,7 +146,7 @@ NUMBERS: dict[str, tuple[float, float, float]] = {
 }
 """Range and step of the rewards' number parameters."""
 DTYPES = ("float32", "bfloat16", "float16")
-OBJECTS = "name, several with commas, or JSON such as {\"dog\": 2}; empty: what the prompt says"
+OBJECTS = 'name, several with commas, or JSON such as {"dog": 2}; empty: what the prompt says'
 
 
 def reward_names() -> list[str]:
@@ -205,7 +205,9 @@ def reward_text(name: str, parameters: str) -> str:
     except ValueError as error:
         raise RewardError(f'the parameters of {name!r} are no JSON ({error}); an example: {{"quality": 60}}') from error
     if not isinstance(given, dict):
-        raise RewardError(f'the parameters of {name!r} are {parameters!r}; an object is needed, such as {{"quality": 60}}')
+        raise RewardError(
+            f'the parameters of {name!r} are {parameters!r}; an example of what is needed: {{"quality": 60}}'
+        )
     if name == "python":
         return str(given.get("source", ""))
     if unknown := [key for key in given if not key.isidentifier()]:
@@ -230,7 +232,7 @@ def _value(key: str, value: Any) -> Any:
 @cache
 def reward_script_data() -> dict[str, Any]:
     """What the Reward node's own script needs to draw the widgets of every reward."""
-    keys = [one.name for one in fields(Widget) if one.name in ("name", "kind", "default", "tooltip", "low", "high", "step")]
+    keys = ("name", "kind", "default", "tooltip", "low", "high", "step")
     return {
         name: {
             "about": REGISTRY[name].summary,

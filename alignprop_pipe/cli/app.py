@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignprop_pipe.bundled import preset_for
-from alignprop_pipe.cli import console, scores
+from alignprop_pipe.cli import comfy, console, scores
 from alignprop_pipe.cli.drawing import Sheet, default_out, draw
 from alignprop_pipe.cli.opening import is_model, open_pipeline, open_reward
 from alignprop_pipe.cli.options import (
@@ -279,6 +279,7 @@ app.command(epilog=scores.SCORE_EXAMPLES)(scores.score)
 
 
 app.add_typer(scores.rewards, name="rewards")
+app.add_typer(comfy.comfy, name="comfy")
 
 
 @app.command()
