@@ -63,9 +63,9 @@ def widget_input(widget: Widget, **more: Any) -> Any:
 
 
 def seed_input(tooltip: str, default: int = 0) -> Any:
-    """A seed that stays as it is from run to run: each new one trains again."""
+    """A seed; the script of the node sets it to stay as it is from run to run, since each new one trains again."""
     made = io.Int.Input("seed", default=default, min=0, max=2**63 - 1, step=1, optional=True, tooltip=tooltip)
-    made.extra_dict = {"control_after_generate": "fixed"}
+    made.extra_dict = {"control_after_generate": True}
     return made
 
 
@@ -95,9 +95,8 @@ def on_device(pipe: Any, *others: Any) -> Iterator[torch.device]:
     from alignprop_pipe import stock
 
     device = memory.get_torch_device()
-    if device.type != "cpu":
-        memory.unload_all_models()
-        memory.soft_empty_cache()
+    memory.unload_all_models()
+    memory.soft_empty_cache()
     networks = list(stock.components(pipe).values())
     try:
         for network in networks:
@@ -106,8 +105,7 @@ def on_device(pipe: Any, *others: Any) -> Iterator[torch.device]:
     finally:
         for moved in (*networks, *others):
             moved.to("cpu")
-        if device.type != "cpu":
-            memory.soft_empty_cache()
+        memory.soft_empty_cache()
 
 
 def image_of(pictures: torch.Tensor) -> torch.Tensor:

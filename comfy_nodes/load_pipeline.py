@@ -50,7 +50,7 @@ class LoadPipeline(io.ComfyNode):
             from alignprop_pipe import AlignPropPipeline
 
             source = str(Path(cleaned(id_or_folder)).expanduser()) if cleaned(id_or_folder) else str(_path_of(model))
-            options = {"torch_dtype": _dtype(dtype)}
+            options = {"dtype": _dtype(dtype)}
             if Path(source).is_file():
                 pipe = AlignPropPipeline.from_single_file(source, tokenizer_folder=host.tokenizer_folder(), **options)
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, leaves
 from alignprop_pipe.errors import ConfigError, RewardError
@@ -24,8 +24,11 @@ UP_FRONT = (
 
 SMALL = {"lr": 1e-5, "weight_decay": 1e-5, "distance_weight": 1e-3, "max_grad_norm": 0.01, "eta": 0.05, "alpha": 0.5}
 """Steps of the arrows of number widgets that are not 0.1."""
-MOST = 2**31 - 1
-SEEDS = 2**63 - 1
+HIGHEST = {
+    "lr": 1.0, "weight_decay": 10.0, "guidance_scale": 100.0, "alpha": 65536.0, "height": 8192, "width": 8192,
+    "batch_size": 4096, "eval_batch_size": 4096,
+}  # fmt: skip
+"""Where the arrows of number widgets end, of settings that know no end themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,9 @@ def _setting(name: str, about: Mapping[str, Any], default: Any) -> Widget:
     kind, options = _kind_of(name)
     shown = _shown(default, kind)
     low, high, step = _range(name, kind, about, default)
-    tooltip = about["help"] + (" (0: the default)" if default is None else "")
+    blank = "0" if kind in ("INT", "FLOAT") else "empty"
+    tooltip = about["help"].replace("(default: ", f"({blank}: ")
+    tooltip += "; commas between them" if isinstance(default, tuple) else ""
     return Widget(name, kind, shown, tooltip, low, high, step, options, advanced=name not in UP_FRONT)
 
 
@@ -85,16 +90,18 @@ def _shown(value: Any, kind: Kind) -> Any:
 def _range(name: str, kind: Kind, about: Mapping[str, Any], default: Any) -> tuple[Any, Any, Any]:
     if kind not in ("INT", "FLOAT"):
         return None, None, None
-    low = about["low"] if about["low"] is not None else about["above"]
-    low = 0 if default is None or low is None else low
-    if kind == "INT":
-        return int(low), SEEDS if name == "seed" else int(about["high"] or 1_000_000), 1
-    return float(low), float(about["high"] or 1_000_000.0), SMALL.get(name, 0.1)
+    step = 8 if name in ("height", "width") else 1 if kind == "INT" else SMALL.get(name, 0.1)
+    # A number above 0 begins a hundredth of a step above it; one that may be left out begins at 0, which says so.
+    low = 0 if default is None or about["low"] is None else about["low"]
+    low = about["above"] + step / 100 if about["above"] is not None and default is not None else low
+    high = about["high"] if about["high"] is not None else HIGHEST.get(name, 1_000_000)
+    return (int(low), int(high), step) if kind == "INT" else (float(low), float(high), step)
 
 
 def config_from(values: Mapping[str, Any]) -> AlignConfig:
     """The settings that widgets hold. Raises ConfigError."""
-    return AlignConfig().replace(**{name: _setting_value(name, value) for name, value in values.items()})
+    known = {name: _setting_value(name, value) for name, value in values.items() if name in FIELD_PATHS}
+    return AlignConfig().replace(**{**values, **known})
 
 
 def _setting_value(name: str, value: Any) -> Any:
@@ -115,11 +122,16 @@ def _listed(name: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas and line ends that are in no brackets: judges are expressions with commas of their own."""
-    parts, depth = [""], 0
-    for letter in text.replace("\n", ","):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth <= 0:
+    """At commas and line ends that are in no brackets and quotes: judges are expressions with commas of their own."""
+    parts, depth, quote, escaped = [""], 0, "", False
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote and not escaped else quote
+            escaped = letter == "\\" and not escaped
+        elif letter in "\"'":
+            quote = letter
+        depth += 0 if quote else (letter in "([{") - (letter in ")]}")
+        if letter in ",\n" and not quote and depth <= 0:
             parts.append("")
         else:
             parts[-1] += letter
@@ -140,13 +152,13 @@ def presets() -> dict[str, dict[str, Any]]:
 
 NUMBERS: dict[str, tuple[float, float, float]] = {
     "quality": (1, 100, 1),
-    "number": (0, 100, 1),
+    "number": (0, 24, 1),
     "threshold": (0.0, 0.99, 0.01),
     "scale": (0.0, 1000.0, 0.1),
 }
-"""Range and step of the rewards' number parameters."""
+"""Range and step of the rewards' number parameters; those of users' own rewards have a wide one."""
 DTYPES = ("float32", "bfloat16", "float16")
-OBJECTS = 'name, several with commas, or JSON such as {"dog": 2}; empty: what the prompt says'
+ANY_NAME = inspect.Parameter.VAR_KEYWORD
 
 
 def reward_names() -> list[str]:
@@ -154,31 +166,46 @@ def reward_names() -> list[str]:
     return [name for name, entry in REGISTRY.items() if not entry.combines and not entry.judge]
 
 
-@cache
 def reward_parameters(name: str) -> tuple[Widget, ...]:
-    """A widget for every parameter of a reward."""
-    entry = REGISTRY[name]
-    if name == "python":
-        return (Widget("source", "STRING", "", "module:function, or file.py:function"),)
+    """A widget for every parameter of a reward. A licence is accepted on the node itself."""
+    return _parameters(REGISTRY[name])
+
+
+@cache
+def _parameters(entry: RewardEntry) -> tuple[Widget, ...]:
     told = _told(entry)
-    found = inspect.signature(_class(entry).__init__).parameters
-    return tuple(_parameter(spec, told.get(spec.name, "")) for spec in list(found.values())[1:])
+    named = (spec for spec in _signature(entry) if spec.kind not in (ANY_NAME, inspect.Parameter.VAR_POSITIONAL))
+    return tuple(_parameter(spec, told.get(spec.name, "")) for spec in named if spec.name != "accept_license")
+
+
+def _signature(entry: RewardEntry) -> list[inspect.Parameter]:
+    return list(inspect.signature(_class(entry).__init__).parameters.values())[1:]
 
 
 def _parameter(spec: inspect.Parameter, told: str) -> Widget:
-    default = "" if spec.default is inspect.Parameter.empty or spec.default is None else spec.default
-    members = set(get_args(spec.annotation)) or {spec.annotation}
-    low, high, step = NUMBERS.get(spec.name, (None, None, None))
-    if spec.name == "dtype":
-        return Widget("dtype", "COMBO", default, told, options=DTYPES)
-    if isinstance(default, bool):
-        return Widget(spec.name, "BOOLEAN", default, told)
-    kind: Kind = "FLOAT" if float in members else "INT" if int in members else "STRING"
-    if spec.name in NUMBERS and kind != "STRING":
+    required = spec.default is inspect.Parameter.empty
+    default = "" if required or spec.default is None else spec.default
+    kind = _parameter_kind(spec, default)
+    low, high, step = NUMBERS.get(spec.name, (-1e6, 1e6, 1 if kind == "INT" else 0.01))
+    if kind in ("INT", "FLOAT"):
         # An optional number is empty at its lowest value, which no reward takes.
-        start = default if default != "" else -1 if kind == "INT" else 0.0
-        return Widget(spec.name, kind, start, told, min(low or 0, start), high, step)
-    return Widget(spec.name, "STRING", str(default), told or OBJECTS)
+        default = default if default != "" else -1 if kind == "INT" else 0.0
+        told = re.sub(r"\bNone\b", str(default), told)
+        return Widget(spec.name, kind, default, told, min(low, default), high, step, required=required)
+    if kind == "STRING":
+        default, told = str(default), re.sub(r"\bNone\b", "empty", told)
+    options = DTYPES if kind == "COMBO" else ()
+    return Widget(spec.name, kind, default, told, options=options, required=required)
+
+
+def _parameter_kind(spec: inspect.Parameter, default: Any) -> Kind:
+    if spec.name == "dtype" and default in DTYPES:
+        return "COMBO"
+    for kind, name in ((bool, "BOOLEAN"), (int, "INT"), (float, "FLOAT")):
+        if type(default) is kind and not (kind is int and float in get_args(spec.annotation)):
+            return cast(Kind, name)
+    members = set(get_args(spec.annotation)) if spec.name in NUMBERS else set()
+    return "FLOAT" if float in members else "INT" if int in members else "STRING"
 
 
 def _class(entry: RewardEntry) -> Any:
@@ -192,44 +219,52 @@ def _told(entry: RewardEntry) -> dict[str, str]:
     for kind in _class(entry).__mro__:
         section = (inspect.getdoc(kind) or "").partition("Args:\n")[2].partition("\n\n")[0]
         for match in re.finditer(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
-            told.setdefault(match[1], re.sub(r"\s+", " ", match[2]))
+            told.setdefault(match[1], re.sub(r"\s+", " ", match[2]).replace("`", ""))
     return told
 
 
 def reward_text(name: str, parameters: str) -> str:
-    """The expression for a reward with parameters in JSON: `jpeg(quality=60)`. Raises RewardError."""
+    """The expression for a reward with parameters in JSON: `jpeg(quality=60)`. Raises RewardError.
+
+    A parameter that is empty, or as the widget shows it at first, is left to the reward.
+    """
     if name not in REGISTRY:
         raise RewardError(f"reward {name!r} is not known; known: {', '.join(reward_names())}")
+    known = {widget.name: widget for widget in reward_parameters(name)}
+    values = {
+        key: value
+        for key, value in _given(name, parameters).items()
+        if value not in ("", None) and not (key in known and _same(known[key].default, value))
+    }
+    for widget in known.values():
+        if widget.required and widget.name not in values:
+            raise RewardError(f"reward {name!r} needs {widget.name}: {widget.tooltip}")
+    arguments = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return f"{name}({arguments})" if arguments else name
+
+
+def _given(name: str, parameters: str) -> dict[str, Any]:
     try:
         given = json.loads(parameters or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RewardError(f'the parameters of {name!r} are no JSON ({error}); an example: {{"quality": 60}}') from error
     if not isinstance(given, dict):
         raise RewardError(
             f'the parameters of {name!r} are {parameters!r}; an example of what is needed: {{"quality": 60}}'
         )
-    if name == "python":
-        return str(given.get("source", ""))
-    if unknown := [key for key in given if not key.isidentifier()]:
-        raise RewardError(f"{unknown[0]!r} is no parameter of {name!r}")
-    values = ", ".join(f"{key}={_value(key, value)!r}" for key, value in given.items() if value not in ("", None))
-    return f"{name}({values})" if values else name
+    signature = _signature(REGISTRY[name])
+    takes = [spec.name for spec in signature if spec.kind is not ANY_NAME]
+    free = len(takes) < len(signature)
+    if unknown := [key for key in given if key not in takes and not (free and key.isidentifier())]:
+        listed = f"it takes {', '.join(takes)}" if takes else "it takes none"
+        raise RewardError(f"{unknown[0]!r} is no parameter of reward {name!r}; {listed}")
+    return given
 
 
-def _value(key: str, value: Any) -> Any:
-    """A text that stands for a list or a mapping, as such: `dog, cat` and `{"dog": 2}`."""
-    if key != "objects" or not isinstance(value, str):
-        return value
-    if value.lstrip().startswith(("{", "[")):
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise RewardError(f"objects = {value!r} is no JSON ({error})") from error
-    names = [name.strip() for name in value.split(",") if name.strip()]
-    return names if len(names) > 1 else value.strip()
+def _same(default: Any, value: Any) -> bool:
+    return default == value and isinstance(default, bool) == isinstance(value, bool)
 
 
-@cache
 def reward_script_data() -> dict[str, Any]:
     """What the Reward node's own script needs to draw the widgets of every reward."""
     keys = ("name", "kind", "default", "tooltip", "low", "high", "step")
@@ -258,7 +293,7 @@ def fingerprint(*paths: str) -> str:
     """Changes with a file's time and size, so that a node with a changed file runs again; a folder by its index."""
     parts = []
     for path in map(Path, filter(None, map(cleaned, paths))):
-        for file in (path, path / "model_index.json"):
+        for file in (path.expanduser(), path.expanduser() / "model_index.json"):
             if file.is_file():
                 about = file.stat()
                 parts.append(f"{file.name}:{about.st_mtime_ns}:{about.st_size}")

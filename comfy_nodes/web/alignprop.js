@@ -9,10 +9,11 @@ function widgetNamed(node, name) {
   return node.widgets?.find((widget) => widget.name === name);
 }
 
-function hide(widget) {
-  widget.hidden = true;
-  widget.options = { ...widget.options, hidden: true };
-  widget.computeSize = () => [0, -4];
+function setHidden(widget, hidden) {
+  widget.hidden = hidden;
+  widget.options = { ...widget.options, hidden };
+  if (hidden) widget.computeSize = () => [0, -4]; // older pages leave room for hidden widgets
+  else delete widget.computeSize;
 }
 
 function specOf(nodeData, name) {
@@ -33,6 +34,13 @@ function after(node, name, more) {
     more.apply(this, args);
     return result;
   };
+}
+
+// A seed that changes by itself would train anew at every run.
+function keepSeed(node) {
+  for (const control of widgetNamed(node, "seed")?.linkedWidgets ?? []) {
+    if (control.options?.values?.includes?.("fixed")) control.value = "fixed";
+  }
 }
 
 // --- Reward: a widget for each parameter, written to the hidden widget "parameters" as JSON -------------------------
@@ -65,7 +73,7 @@ function setUpReward(node, nodeData) {
   const rewards = specOf(nodeData, "reward").alignprop_rewards ?? {};
   const chosen = widgetNamed(node, "reward");
   const text = widgetNamed(node, "parameters");
-  hide(text);
+  setHidden(text, true);
   let shown = [];
 
   function write() {
@@ -116,10 +124,7 @@ function setUpTerms(node, kind, type, most) {
       if (number <= wanted && place < 0) node.addInput(`${kind}_${number}`, type);
       if (number > wanted && place >= 0 && !linked(number)) node.removeInput(place);
       const weight = widgetNamed(node, `weight_${number}`);
-      if (weight) {
-        weight.hidden = number > wanted;
-        weight.options = { ...weight.options, hidden: number > wanted };
-      }
+      if (weight) setHidden(weight, number > wanted);
     }
     fit(node);
   }
@@ -130,7 +135,18 @@ function setUpTerms(node, kind, type, most) {
   setTimeout(update, 0);
 }
 
-// --- Align: presets and the curve ------------------------------------------------------------------------------------
+// --- Align: advanced settings, presets and the curve -----------------------------------------------------------------
+
+function setUpAdvanced(node, nodeData) {
+  const advanced = node.widgets.filter((widget) => specOf(nodeData, widget.name).advanced);
+  function show(shown) {
+    for (const widget of advanced) setHidden(widget, !shown);
+    fit(node);
+  }
+  const widget = node.addWidget("toggle", "show advanced settings", false, show, { serialize: false });
+  widget.serialize = false;
+  show(false);
+}
 
 function setUpPresets(node, nodeData) {
   const presets = specOf(nodeData, "steps").alignprop_presets ?? {};
@@ -240,10 +256,13 @@ const SET_UPS = {
   AlignPropCombineRewards: (node) => setUpTerms(node, "reward", "ALIGNPROP_REWARD", 8),
   AlignPropMixAdapters: (node) => setUpTerms(node, "adapter", "ALIGNPROP_ADAPTER", 4),
   AlignPropAlign: (node, nodeData) => {
+    keepSeed(node);
+    setUpAdvanced(node, nodeData);
     setUpPresets(node, nodeData);
     setUpCurve(node);
     setUpText(node);
   },
+  AlignPropSample: keepSeed,
   AlignPropScore: setUpText,
   AlignPropSaveAdapter: setUpText,
   AlignPropPushToHub: setUpText,
