@@ -64,7 +64,7 @@ def install(comfyui: str | Path) -> list[Path]:
         AlignError: it is no ComfyUI, or something else stands in the place.
     """
     pack = _pack_in(comfyui)
-    if pack.exists() and not _is_ours(pack):
+    if (pack.exists() or pack.is_symlink()) and not _is_ours(pack):
         raise AlignError(f"{str(pack)!r} is there already and was not written by this command; move it away first")
     wanted = {pack / "__init__.py": SHIM.encode()}
     wanted |= {pack / "example_workflows" / file.name: file.read_bytes() for file in _workflows()}
@@ -81,12 +81,12 @@ def install(comfyui: str | Path) -> list[Path]:
 def uninstall(comfyui: str | Path) -> Path | None:
     """Take the pack's folder away and return it; None where there is none. Raises AlignError if it is not ours."""
     pack = _pack_in(comfyui)
-    if not pack.exists():
+    if not (pack.exists() or pack.is_symlink()):
         return None
     if not _is_ours(pack):
         raise AlignError(f"{str(pack)!r} was not written by 'alignprop comfy install' and is left as it is")
     try:
-        pack.unlink() if pack.is_symlink() else shutil.rmtree(pack)
+        shutil.rmtree(pack)
     except OSError as error:
         raise AlignError(f"{str(pack)!r} cannot be removed: {error.strerror or error}") from error
     return pack

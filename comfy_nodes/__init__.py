@@ -1,23 +1,34 @@
 """The nodes for ComfyUI. `comfy_api` exists only inside ComfyUI, so it is imported when ComfyUI asks, not before."""
 
+import importlib.metadata
 import logging
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 WEB_DIRECTORY = str(Path(__file__).parent / "web")
-NEEDED = (
-    "alignprop_pipe", "diffusers", "peft", "accelerate", "transformers", "kornia", "matplotlib", "jaxtyping", "psutil",
-)  # fmt: skip
-"""What a ComfyUI may lack: the first names of the modules that requirements.txt brings."""
+NEEDED = {
+    "alignprop_pipe": "",
+    "diffusers": "0.38",
+    "transformers": "5.10",
+    "peft": "0.18",
+    "accelerate": "1.10",
+    "huggingface_hub": "1.22",
+    "kornia": "0.8.2",
+    "matplotlib": "3.8",
+    "jaxtyping": "0.3.7",
+    "psutil": "5.9",
+}
+"""What a ComfyUI may lack or have too old: of requirements.txt, module -> oldest version."""
 
 
 async def comfy_entrypoint() -> Any:
     """The extension, with its list of nodes; what is missing is said in the console and in the list."""
     from comfy_api.latest import ComfyExtension
 
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    missing = lacking()
     if missing:
         logging.getLogger("alignprop").warning("alignprop: %s", way_out(missing))
 
@@ -26,6 +37,21 @@ async def comfy_entrypoint() -> Any:
             return [missing_node(missing)] if missing else nodes()
 
     return AlignPropExtension()
+
+
+def lacking() -> list[str]:
+    """What is not installed, or too old, in words."""
+    found = []
+    for name, oldest in NEEDED.items():
+        if find_spec(name) is None:
+            found.append(name)
+        elif oldest and _numbers(version := importlib.metadata.version(name)) < _numbers(oldest):
+            found.append(f"{name} {oldest} or newer (here: {version})")
+    return found
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]]
 
 
 def nodes() -> list[Any]:

@@ -112,7 +112,7 @@ class MixAdapters(io.ComfyNode):
 
     @classmethod
     def execute(cls, rank: int = 0, **terms: Any) -> io.NodeOutput:
-        from alignprop_pipe.mix import mix
+        from alignprop_pipe import mix
 
         numbers = [number for number in range(1, MIXED + 1) if terms.get(f"adapter_{number}") is not None]
         if not numbers:

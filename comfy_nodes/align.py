@@ -46,9 +46,14 @@ class Align(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, truncation: Any = "random", checkpointing: Any = "all", loss: Any = "maximize"
+        cls,
+        truncation: Any = None,
+        checkpointing: Any = None,
+        loss: Any = None,
+        betas: Any = None,
     ) -> bool | str:
-        texts = {"truncation": truncation, "checkpointing": checkpointing, "loss": loss}
+        # Only the settings that are texts: ComfyUI checks the ranges of those that are not named here.
+        texts = {"truncation": truncation, "checkpointing": checkpointing, "loss": loss, "betas": betas}
         try:
             config_from({name: text for name, text in texts.items() if text is not None})
         except Exception as error:
@@ -61,7 +66,6 @@ class Align(io.ComfyNode):
     ) -> io.NodeOutput:
         with host.working():
             config = config_from(settings)
-            config = config if prompts.targets else config.replace(judges=())
             held_out = prompts.split(config.evaluation.eval_prompts, config.seed)[1]
             run = Run(str(cls.hidden.unique_id), config, len(held_out))
             with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress.call):

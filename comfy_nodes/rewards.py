@@ -44,8 +44,11 @@ class Reward(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, reward: Any = None, parameters: Any = "{}") -> bool | str:
-        return _checked(lambda: reward is None or parameters is None or reward_text(reward, parameters))
+    def validate_inputs(cls, reward: Any = None, parameters: Any = "{}", accept_license: Any = False) -> bool | str:
+        if reward is None or parameters is None:  # comes from another node
+            return True
+        with host.working():
+            return _checked(lambda: _reward(reward_text(reward, parameters), bool(accept_license)))
 
     @classmethod
     def execute(cls, reward: str, parameters: str = "{}", accept_license: bool = False) -> io.NodeOutput:

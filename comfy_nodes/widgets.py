@@ -93,7 +93,7 @@ def _range(name: str, kind: Kind, about: Mapping[str, Any], default: Any) -> tup
     step = 8 if name in ("height", "width") else 1 if kind == "INT" else SMALL.get(name, 0.1)
     # A number above 0 begins a hundredth of a step above it; one that may be left out begins at 0, which says so.
     low = 0 if default is None or about["low"] is None else about["low"]
-    low = about["above"] + step / 100 if about["above"] is not None and default is not None else low
+    low = about["above"] + round(step / 100, 9) if about["above"] is not None and default is not None else low
     high = about["high"] if about["high"] is not None else HIGHEST.get(name, 1_000_000)
     return (int(low), int(high), step) if kind == "INT" else (float(low), float(high), step)
 

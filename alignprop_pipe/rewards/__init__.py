@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward, WeightedSum
     from alignprop_pipe.rewards.clip import ClipScore
     from alignprop_pipe.rewards.combine import ClipAbove, Min, Scaled, SoftMin, Watch, ZScore, calibrate
+    from alignprop_pipe.rewards.entries import RewardEntry
     from alignprop_pipe.rewards.guard import check_reward
     from alignprop_pipe.rewards.hpsv2 import HpsV2, HpsV21
     from alignprop_pipe.rewards.imagereward import ImageReward
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.rewards.objects import Contains, Count, Without
     from alignprop_pipe.rewards.pickscore import PickScore
     from alignprop_pipe.rewards.python import PythonReward
-    from alignprop_pipe.rewards.registry import REGISTRY, RewardEntry, as_reward, parse_reward, register
+    from alignprop_pipe.rewards.registry import REGISTRY, as_reward, parse_reward, register
     from alignprop_pipe.rewards.simple import Brightness, Colour, Sharpness, Symmetry, TotalVariation
 
 _HOME = {
@@ -40,6 +41,7 @@ _HOME = {
     "Watch": "combine",
     "ZScore": "combine",
     "calibrate": "combine",
+    "RewardEntry": "entries",
     "check_reward": "guard",
     "ImageReward": "imagereward",
     "Jpeg": "jpeg",
@@ -49,7 +51,6 @@ _HOME = {
     "Without": "objects",
     "PythonReward": "python",
     "REGISTRY": "registry",
-    "RewardEntry": "registry",
     "as_reward": "registry",
     "parse_reward": "registry",
     "register": "registry",

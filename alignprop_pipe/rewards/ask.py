@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.network import NetworkReward
@@ -33,7 +34,8 @@ class Ask(NetworkReward):
         answer: what the model should say.
         against: what it should not say.
         model: a BLIP for question answering (transformers' BlipForQuestionAnswering), or a GIT that learnt to answer
-            (GitForCausalLM, such as microsoft/git-base-vqav2, MIT), by Hub id or folder.
+            (GitForCausalLM, such as microsoft/git-base-vqav2, MIT), by Hub id or folder; "emoji" is the bundled
+            answerer, which knows yes and no about subject, number and background of emoji pictures.
         revision: branch, tag or commit of the model on the Hub.
         dtype: number format of the network: "float32", "bfloat16" or "float16".
         offload: keep the network in main memory between scores.
@@ -65,8 +67,9 @@ class Ask(NetworkReward):
     def load(self) -> Any:
         import transformers
 
-        self._preprocess = Preprocess.from_config(load_preprocessor_config(self.model, self.revision))
-        self._words = load_tokenizer(self.model, self.revision)
+        source = str(bundled_path("emoji-answerer")) if self.model == "emoji" else self.model
+        self._preprocess = Preprocess.from_config(load_preprocessor_config(source, self.revision))
+        self._words = load_tokenizer(source, self.revision)
         for answer in (self.answer, self.against):
             if self._words.unk_token_id in self._words(answer).input_ids:
                 raise RewardError(
@@ -74,13 +77,13 @@ class Ask(NetworkReward):
                     "get its files again from where the model came"
                 )
         try:
-            family = transformers.AutoConfig.from_pretrained(self.model, revision=self.revision or "main").model_type
+            family = transformers.AutoConfig.from_pretrained(source, revision=self.revision or "main").model_type
         except Exception as error:
-            raise not_loaded(self.model, error) from error
+            raise not_loaded(source, error) from error
         if family not in _FAMILIES:
             known = ", ".join(kind for kind, _ in _FAMILIES.values())
             raise RewardError(f"{self.model!r} is a {family!r} model; ask can ask: {known}")
-        return load_network(getattr(transformers, _FAMILIES[family][0]), self.model, self.revision)
+        return load_network(getattr(transformers, _FAMILIES[family][0]), source, self.revision)
 
     def rate(self, network: Any, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         answers = [self._words(text, add_special_tokens=False).input_ids for text in (self.answer, self.against)]

@@ -26,9 +26,11 @@ COARSER = (1.0, 0.5, 0.25)  # shares of the quality at which the distance is mea
 class Jpeg(Reward):
     """Minus the root mean squared distance to the picture after JPEG: about -0.2 (noise) to 0 (flat).
 
-    `quality` is that of the JPEG, 1 to 100; the distance is the mean over it, its half and its quarter. Any size of
-    picture: the edge is repeated up to multiples of 16. The extra `jpeg_kb` is the true size of the file at `quality`,
-    by Pillow, in 1000 bytes.
+    Args:
+        quality: of the JPEG, 1 to 100; the distance is the mean over it, its half and its quarter.
+
+    Any size of picture: the edge is repeated up to multiples of 16. The extra `jpeg_kb` is the true size of the file
+    at `quality`, by Pillow, in 1000 bytes.
     """
 
     name = "jpeg"

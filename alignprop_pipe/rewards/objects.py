@@ -168,6 +168,11 @@ class Count(ObjectReward):
 
     What is wanted: `count({"dog": 2, "cat": 1})`, `count("dog", 2)`, `count("two dogs")`; else the prompt set's column
     "count" (a mapping, its JSON text, or a number for the column "subject"); else the prompt's own words.
+
+    Args:
+        objects: what is wanted: a name (then `number` says how many), words such as "two dogs and a cat", or
+            {"dog": 2, "cat": 1}; None takes what the prompt says.
+        number: how many of the one object; None takes the number from `objects`.
     """
 
     name = "count"
@@ -206,6 +211,9 @@ class Contains(ObjectReward):
 
     What is wanted: `contains("dog")`, `contains(["dog", "ball"])`; else the prompt set's column "contains" (a name, a
     list, its JSON text, or names with commas) or "subject"; else the prompt's own words.
+
+    Args:
+        objects: what has to be there: a name, or several with commas between them; None takes what the prompt says.
     """
 
     name = "contains"
@@ -239,6 +247,9 @@ class Without(Contains):
 
     What is unwanted: `without("person")`, `without(["person", "car"])`; else the prompt set's column "without"; else
     the prompt's own words ("a street without cars").
+
+    Args:
+        objects: what must not be there: a name, or several with commas between them; None takes what the prompt says.
     """
 
     name = "without"

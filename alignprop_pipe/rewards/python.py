@@ -26,9 +26,10 @@ _FILE_MODULE = "alignprop_reward_"
 class PythonReward(Reward):
     """A function of (images), (images, prompts) or (images, prompts, targets) as a reward.
 
-    `source` is the function (or a `Reward`, a `torch.nn.Module`, or a class that makes one of these), or where it is:
-    `module:function`, or `file.py:function` with the path relative to the current folder. `options` are passed on as
-    keyword arguments.
+    Args:
+        source: where the function is: module:function, or file.py:function with the path relative to the current
+            folder; in Python also the function itself, a `Reward`, a `torch.nn.Module`, or a class that makes one.
+        options: passed on as keyword arguments.
     """
 
     def __init__(self, source: str | Callable[..., Any], **options: Any) -> None:
