@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from alignprop_pipe.errors import RunError
@@ -16,14 +17,23 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
     A process killed half-way leaves at most a hidden `.….tmp` beside it. Raises RunError.
     """
-    path = Path(path)
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    with appearing_whole(path) as beside, beside.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def appearing_whole(path: str | Path) -> Iterator[Path]:
+    """A hidden path beside `path` to write to; at the end of the block that file takes the place of `path`.
+
+    After an error it is gone, and what stood at `path` still stands there. Raises RunError.
+    """
+    path = Path(path)
     beside = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
         beside.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -17,15 +17,12 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    LTXPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -43,7 +40,7 @@ from alignprop_pipe.errors import (
     RewardValueError,
     RunError,
 )
-from alignprop_pipe.pipeline import aligned_class, known_types, single_file_class, stock_class, tell_about
+from alignprop_pipe.pipeline import aligned_class, known_types, stock_class, tell_about
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rewards.simple import Brightness
@@ -191,42 +188,6 @@ def test_known_types_hides_one_warning_while_it_lasts(caplog: pytest.LogCaptureF
         "something else": None,
         "Expected types for unet: another one": None,
     }
-
-
-# --- single files -----------------------------------------------------------------------------------------------------
-
-
-def ltx_checkpoint(pipe: LTXPipeline, path: Path) -> Path:
-    """The transformer in one file, by the names of the model's first release."""
-    names = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
-    weights = {}
-    for key, weight in pipe.transformer.state_dict().items():
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        weights[f"model.diffusion_model.{key}"] = weight.contiguous()
-    save_file(weights, path)
-    return path
-
-
-def test_from_single_file(tmp_path: Path) -> None:
-    pipe = miniatures.ltx()
-    path = ltx_checkpoint(pipe, tmp_path / "model.safetensors")
-    pipe.save_pretrained(tmp_path / "folder")
-    parts = {"vae": pipe.vae, "text_encoder": pipe.text_encoder}
-    made = AlignPropPipeline.from_single_file(path, config=str(tmp_path / "folder"), **parts)
-    assert isinstance(made, LTXPipeline)
-    weights = pipe.transformer.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in made.transformer.state_dict().items())
-    assert made.vae is pipe.vae
-
-
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
-def test_the_class_for_a_single_file(tmp_path: Path) -> None:
-    path = ltx_checkpoint(miniatures.ltx(), tmp_path / "model.safetensors")
-    miniatures.sdxl().save_pretrained(tmp_path / "folder")
-    assert single_file_class(str(path), {"config": str(tmp_path / "folder")}) is StableDiffusionXLPipeline
-    with pytest.raises(PipelineError, match=r"LTX.*not on this machine.*config= a folder.*pipeline_class="):
-        AlignPropPipeline.from_single_file(path)
 
 
 # --- what align refuses -----------------------------------------------------------------------------------------------
