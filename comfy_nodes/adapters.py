@@ -41,7 +41,7 @@ class SaveAdapter(io.ComfyNode):
 
         with host.working():
             path, listed = host.new_lora_path(filename_prefix.strip())
-            files = adapter.save(path, format="kohya", dtype=getattr(torch, dtype))
+            files = adapter.save(path, format="comfyui", dtype=getattr(torch, dtype))
             read_back = type(adapter).load(files[0])
         layers = sum(map(len, read_back.layers.values()))
         text = f"models/loras/{listed}\n{layers} layers; press R to see it in the LoRA loaders"
@@ -166,15 +166,24 @@ class ApplyAdapter(io.ComfyNode):
 
 
 def fitting_layers(model: Any, clip: Any, tensors: dict[str, Any]) -> tuple[int, int]:
-    """How many layers ComfyUI finds in the model, and how many there are: it says nothing where none fits."""
+    """How many layers find their place in the model, and how many there are: ComfyUI says nothing where none does."""
     import comfy.lora
 
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-    ends = (".lora_down.weight", ".lora_A.weight")
-    layers = [key[: -len(end)] for key in tensors for end in ends if key.endswith(end)]
-    return sum(layer in keys for layer in layers), len(layers)
+    weights = model.model.state_dict() | ({} if clip is None else clip.cond_stage_model.state_dict())
+    names = [(".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight")]
+    layers = [(key[: -len(up)], tensors[key], key[: -len(up)] + down)
+              for key in tensors for up, down in names if key.endswith(up)]  # fmt: skip
+    fits = [layer in keys and _fits(weights, keys[layer], up, tensors[down]) for layer, up, down in layers]
+    return sum(fits), len(layers)
+
+
+def _fits(weights: dict[str, Any], place: Any, up: Any, down: Any) -> bool:
+    """Whether the change has the shape of the weight; a place that is a part of a weight is not looked into."""
+    weight = weights.get(place) if isinstance(place, str) else None
+    return weight is None or (weight.shape[0] == up.shape[0] and weight.shape[1:] == down.shape[1:])
 
 
 class PushToHub(io.ComfyNode):

@@ -146,7 +146,7 @@ def keep_stopped(result: Any) -> None:
     """The user pressed stop: the adapter so far goes where LoRAs are, and the graph ends as it does for a stop."""
     if result.steps:
         path, listed = host.new_lora_path("AlignProp-stopped")
-        result.adapter.save(path, format="kohya")
+        result.adapter.save(path, format="comfyui")
         host.logger.warning("alignprop: stopped after %d steps; so far: models/loras/%s", result.steps, listed)
     host.stop_if_asked()
 
