@@ -1,9 +1,10 @@
-"""The choices that a setting can hold, as small frozen values: truncation, gradient checkpointing, loss.
+"""The choices that a setting can hold, as small frozen values: truncation, gradient checkpointing, loss, window.
 
 Text becomes a value once, at the edge; `str(value)` gives the text back. Standard library only.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,3 +205,52 @@ def loss_from_text(text: str) -> Loss:
     except ValueError:  # a ConfigError too: target:nan
         pass
     raise ConfigError(f"loss {text!r} is not known; use one of: maximize, target:10, hinge:2")
+
+
+# --- window: in which denoising steps an adapter works ---
+
+_NUMBER = r"\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*"
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The share of the denoising steps, from `start` to before `end`, in which an adapter works; outside the base does.
+
+    0 is the first step, at full noise, and 1 the end. The windows 0.0-0.6 and 0.6-1.0 share no step and leave none out.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = _finite(f"Window({name}", getattr(self, name))
+            object.__setattr__(self, name, value + 0.0)  # the text of minus nought could not be read back
+        if not 0 <= self.start <= self.end <= 1:
+            raise ConfigError(
+                f"Window(start={self.start!r}, end={self.end!r}): shares of the denoising steps with "
+                "0 <= start <= end <= 1 are needed, for example 0.0-0.6 for the first 60 %"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step lies in it."""
+        return (self.start, self.end) == (0, 1)
+
+    def steps(self, num_steps: int) -> range:
+        """The steps among `num_steps` that begin in the window."""
+        first, end = (math.ceil(share * num_steps - 1e-9) for share in (self.start, self.end))
+        return range(first, end)
+
+    def __str__(self) -> str:
+        return f"{self.start!r}-{self.end!r}"
+
+
+def window_from_text(text: str) -> Window:
+    """`0.0-0.6` -> the value. Raises ConfigError."""
+    found = re.fullmatch(f"{_NUMBER}-{_NUMBER}", text.lower())
+    if found is None:
+        raise ConfigError(
+            f"window {text!r} is not known; use two shares of the denoising steps between 0 and 1, such as 0.0-0.6"
+        )
+    return Window(float(found[1]), float(found[2]))

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,6 +60,11 @@ def picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
     """A tensor in [0, 1] as a picture of 8 bits."""
     pixels = image.detach().float().cpu().nan_to_num(0).clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """A picture as a tensor in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def png_bytes(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
@@ -181,6 +188,43 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) ->
             last = last[:-1]
         rows[-1] = last.rstrip() + "…"
     return rows or [""]
+
+
+# --- rows of pictures ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Pictures of one size under a title; `notes` are the lines of text under each of them."""
+
+    title: str
+    images: tuple[Image.Image, ...]
+    notes: tuple[tuple[str, ...], ...]
+
+
+def rows_sheet(heads: Sequence[str], rows: Sequence[Row], caption: str) -> Image.Image:
+    """Rows of pictures on one sheet, the columns under `heads`, and at its foot what is to be seen."""
+    size = _cell(rows[0].images[0].height, rows[0].images[0].width)
+    margin, gap, line = 24, 8, 20
+    lines = max(len(note) for row in rows for note in row.notes)
+    width = max(480, 2 * margin + len(heads) * (size[0] + gap) - gap)
+    words = _wrapped(caption, _font(), width - 2 * margin, lines=6)
+    step = line + 4 + size[1] + 3 + lines * line + gap
+    top = margin + line + 4
+    canvas = Image.new("RGB", (width, top + len(rows) * step + gap + len(words) * line + margin), LIGHT.page)
+    pen = ImageDraw.Draw(canvas)
+    places = [margin + number * (size[0] + gap) for number in range(len(heads))]
+    for x, head in zip(places, heads, strict=True):
+        _write(pen, (x, margin), _wrapped(head, _font(bold=True), size[0], lines=1), LIGHT.ink, bold=True)
+    for number, row in enumerate(rows):
+        y = top + number * step
+        _write(pen, (margin, y), _wrapped(row.title, _font(), width - 2 * margin, lines=1), LIGHT.ink)
+        for x, image, note in zip(places, row.images, row.notes, strict=True):
+            canvas.paste(_scaled(image.convert("RGB"), size), (x, y + line + 4))
+            texts = [_wrapped(text, _font(), size[0], lines=1)[0] for text in note]
+            _write(pen, (x, y + line + 4 + size[1] + 3), texts, LIGHT.soft)
+    _write(pen, (margin, top + len(rows) * step + gap), words, LIGHT.soft)
+    return canvas
 
 
 # --- curve -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ from alignprop_pipe.errors import PipelineError
 
 ADAPTER_NAME = "alignprop"
 
+WINDOW = "_alignprop_window"
+"""The attribute of a denoiser that holds the hooks of windows.py."""
+
 
 def attention_linears(denoiser: nn.Module) -> list[str]:
     """Names of every linear layer inside an attention module, found by the processor that diffusers gives those.
@@ -105,8 +108,16 @@ def _active(denoiser: nn.Module) -> list[str]:
 def detach(denoisers: Mapping[str, nn.Module]) -> None:
     """Take our adapter away; other adapters stay, and without any the denoiser is the stock one again."""
     for denoiser in denoisers.values():
+        forget_window(denoiser)
         if ADAPTER_NAME in getattr(denoiser, "peft_config", {}):
             _take_away(denoiser)
+
+
+def forget_window(denoiser: nn.Module) -> None:
+    """Our adapter, or the one that comes in its place, works in every step again."""
+    held = vars(denoiser).pop(WINDOW, None)
+    if held is not None:
+        held.remove()
 
 
 def _take_away(denoiser: nn.Module) -> None:

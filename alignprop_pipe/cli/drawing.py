@@ -53,8 +53,9 @@ class Sheet:
             "seed": str(self.request.seed),
             "number": str(picture.number),
             "model": Path(self.model).name if Path(self.model).exists() else self.model,
-            "adapter": "" if self.adapter is None else self.adapter.name,
+            "adapter": "" if self.adapter is None else _public(self.adapter),
             "scale": "" if self.adapter is None else f"{self.scale:g}",
+            "window": self.request.window or "",
             "num_inference_steps": str(self.sampling.num_inference_steps),
             "guidance_scale": f"{self.sampling.guidance_scale:g}",
             "software": f"alignprop-pipe {alignprop_pipe.__version__}",
@@ -91,7 +92,7 @@ def _drawn(
     how = {"seed": asked.seed, "num": asked.num, "batch_size": asked.batch_size}
     base = list(sample_pictures(pipe, prompts, sheet.sampling, **how)) if asked.compare else []
     if sheet.adapter is not None:
-        load_adapter(pipe, sheet.adapter, scale=sheet.scale)
+        load_adapter(pipe, sheet.adapter, scale=sheet.scale, window=asked.window)
     for place, picture in enumerate(sample_pictures(pipe, prompts, sheet.sampling, **how)):
         frames = picture.frames
         if base:
@@ -105,6 +106,11 @@ def default_out(reward: str) -> Path:
     from alignprop_pipe.runs import slug
 
     return _free(Path("runs", f"{datetime.now():%Y-%m-%d-%H%M}-{slug(reward, 'run')}"))
+
+
+def _public(adapter: Path) -> str:
+    """The name of a file; of one on the Hub, all of its name there."""
+    return adapter.name if adapter.exists() else adapter.as_posix()
 
 
 def _free(path: Path) -> Path:

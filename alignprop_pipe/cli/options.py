@@ -131,8 +131,18 @@ class SampleRequest(Common):
             ".safetensors; everything else is a prompt, drawn by the bundled model if none is named",
         ),
     ] = None
-    adapter: Annotated[Path | None, typer.Option(help="an adapter.safetensors, or the run folder that holds it")] = None
+    adapter: Annotated[
+        Path | None, typer.Option(help="an adapter.safetensors, the run folder that holds it, or me/name on the Hub")
+    ] = None
     scale: Annotated[float | None, typer.Option(help="strength of the adapter [default: 1.0]")] = None
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START-END",
+            help="the share of the denoising steps in which the adapter works, such as 0.0-0.6 "
+            "(default: what its file says, else all)",
+        ),
+    ] = None
     compare: Annotated[bool, typer.Option("--compare", help="base and aligned side by side, from the same noise")] = (
         False
     )

@@ -1,0 +1,171 @@
+"""An adapter that works in a window of the denoising steps alone.
+
+Hooks on the denoisers ask the scheduler at which step it stands: the step decides, not the number of calls, so a second
+call for true classifier-free guidance or a second denoiser makes no difference. Outside the window the adapter's scale
+is 0 for the length of the call, which leaves the base model bit for bit.
+"""
+
+import inspect
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from alignprop_pipe import lora, stock
+from alignprop_pipe.choices import Window, window_from_text
+from alignprop_pipe.errors import ConfigError, PipelineError
+
+CLOSE = 4e-3
+"""Relative error of a timestep that a pipeline has cast to bfloat16."""
+
+_uncompiled: Any = torch.compiler.disable  # a compiled denoiser has to ask at every step too; the type is for functions
+
+
+def as_window(value: Window | str | Sequence[Any]) -> Window:
+    """A Window, a text such as "0.0-0.6", or a pair of numbers -> the value. Raises ConfigError."""
+    if isinstance(value, Window):
+        return value
+    if isinstance(value, str):
+        return window_from_text(value)
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ConfigError(f"window={value!r}: a pair of shares is needed, such as (0.0, 0.6)")
+    return Window(*value)
+
+
+def put_on(pipe: DiffusionPipeline, denoisers: Mapping[str, nn.Module], window: Window) -> None:
+    """Let the adapter in `denoisers` work in `window` alone, in every later call of `pipe`.
+
+    The steps are those of one call: where a picture is the start, the first is the one that the call begins with. The
+    scheduler is the one that `pipe` has at the time of the call. Raises PipelineError.
+    """
+    clock = _Clock(pipe, window)
+    for part in denoisers.values():
+        lora.forget_window(part)
+        before = part.register_forward_pre_hook(clock.before, with_kwargs=True)
+        after = part.register_forward_hook(clock.after, always_call=True)
+        setattr(part, lora.WINDOW, _Held(clock, (before, after)))
+
+
+def held_by(parts: Iterable[nn.Module]) -> Window | None:
+    """The window of the adapter that these networks hold; None where it works in every step."""
+    found = (vars(part).get(lora.WINDOW) for part in parts)
+    return next((held.clock.window for held in found if held is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    clock: "_Clock"
+    handles: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.clock.after()
+
+
+class _Clock:
+    """Knows at which step of a call the scheduler stands, and switches the adapter accordingly."""
+
+    def __init__(self, pipe: DiffusionPipeline, window: Window) -> None:
+        self.window = window
+        self._pipe = weakref.ref(pipe)  # a hook that kept the pipeline alive would keep its memory
+        self._scheduler = stock.scheduler(pipe)
+        self._timesteps: Any = None
+        self._values: list[float] = []
+        self._origin: int | None = None
+        self._active = range(0)
+        self._off: list[tuple[LoraLayer, float]] = []
+
+    @_uncompiled
+    def before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pre-hook."""
+        self.after()  # torch does not call hooks after Ctrl-C
+        if self._step(_told(denoiser, args, kwargs)) in self._active:
+            return
+        layers = [layer for layer in denoiser.modules() if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in layers if lora.ADAPTER_NAME in layer.scaling]
+        if any(lora.ADAPTER_NAME in layer.merged_adapters for layer in layers):
+            raise PipelineError(
+                f"the adapter is fused into the weights and cannot be switched off outside its window {self.window}: "
+                "call pipe.unfuse_lora() first, or load it without a window"
+            )
+        self._off = [(layer, layer.scaling[lora.ADAPTER_NAME]) for layer in layers]
+        for layer in layers:
+            layer.scaling[lora.ADAPTER_NAME] = 0.0
+
+    @_uncompiled
+    def after(self, *_: Any) -> None:
+        """The hook behind the call, also where that failed. A scale that someone has set since then stays."""
+        for layer, scale in self._off:
+            if layer.scaling.get(lora.ADAPTER_NAME) == 0.0:
+                layer.scaling[lora.ADAPTER_NAME] = scale
+        self._off = []
+
+    def _step(self, told: float | None) -> int:
+        """The number of the step, from 0. Raises PipelineError where it cannot be told."""
+        pipe = self._pipe()
+        scheduler = self._scheduler = self._scheduler if pipe is None else stock.scheduler(pipe)
+        if scheduler.timesteps is not self._timesteps:  # every call of a pipeline sets them anew
+            self._begin(scheduler, pipe, told)
+        is_idle = getattr(scheduler, "num_inference_steps", 0) is None  # no call has set its steps yet
+        step = None if is_idle else self._taken(scheduler, told)
+        if step is None or step not in range(len(self._values)):
+            raise PipelineError(
+                f"the adapter works in the window {self.window}, and {type(scheduler).__name__} does not tell which "
+                "step this is. Call the pipeline that it was loaded on, not another one that shares its denoiser; or "
+                "load the adapter without a window"
+            )
+        return step
+
+    def _begin(self, scheduler: Any, pipe: DiffusionPipeline | None, told: float | None) -> None:
+        self._timesteps, self._origin = scheduler.timesteps, getattr(scheduler, "step_index", None)
+        values = [float(value) for value in torch.as_tensor(scheduler.timesteps).flatten()]
+        announced = None if pipe is None else getattr(stock.painting(pipe), "_num_timesteps", None)
+        begin = _first_step(scheduler, values, announced, told)
+        self._values = values[begin:]
+        self._active = self.window.steps(len(self._values))
+
+    def _taken(self, scheduler: Any, told: float | None) -> int | None:
+        """How many steps the scheduler has made in this call."""
+        index = getattr(scheduler, "step_index", None)
+        if index is not None:
+            # Some schedulers know their place from the first step on only.
+            self._origin = index - 1 if self._origin is None else self._origin
+            return index - self._origin
+        if hasattr(scheduler, "step_index"):
+            return 0
+        if hasattr(scheduler, "counter"):  # PNDM, whose second timestep comes twice
+            return scheduler.counter
+        places = _places(self._values, told)
+        return min(places, key=lambda place: abs(self._values[place] - (told or 0.0)), default=None)
+
+
+def _first_step(scheduler: Any, values: list[float], announced: int | None, told: float | None) -> int:
+    """Where in the timesteps the call begins: not at 0 where a picture is the start."""
+    for name in ("begin_index", "step_index"):
+        known = getattr(scheduler, name, None)
+        if known is not None:
+            return int(known)
+    places = _places(values, told)
+    same = (place for place in places if len(values) - place == announced)  # of equal timesteps
+    return next(same, places[0] if places else 0)
+
+
+def _places(values: list[float], told: float | None) -> list[int]:
+    if told is None:
+        return []
+    return [place for place, value in enumerate(values) if math.isclose(value, told, rel_tol=CLOSE)]
+
+
+def _told(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """The timestep that a denoiser is called with; not every family passes it as the scheduler has it."""
+    given = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+    value = given.get("timestep", given.get("t"))
+    return None if value is None else float(torch.as_tensor(value).flatten()[0])

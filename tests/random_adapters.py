@@ -1,0 +1,54 @@
+"""Adapters with random weights for the denoisers of a miniature, as training could leave them, and its pictures."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.export_header import base_of
+from alignprop_pipe.factors import Factors
+from alignprop_pipe.lora import attention_linears
+from alignprop_pipe.stock import denoisers
+
+
+def factors_for(layer: Any, rank: int, alpha: float, generator: torch.Generator, size: float = 0.3) -> Factors:
+    """Factors for a linear layer or a convolution; every entry is drawn, so that no change is zero."""
+    shape = layer.weight.shape
+    down, up = (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
+    drawn = [(size * torch.randn(one, generator=generator)).to(layer.weight.dtype) for one in (down, up)]
+    return Factors(*drawn, alpha)
+
+
+def random_adapter(
+    pipe: Any,
+    *,
+    rank: int = 3,
+    alpha: float = 5.0,
+    seed: int = 0,
+    paths: Callable[[Any], Sequence[str]] = attention_linears,
+    size: float = 0.3,
+    **metadata: str,
+) -> Adapter:
+    """An adapter for all denoisers of a pipeline without adapters; `paths` picks the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: {path: factors_for(part.get_submodule(path), rank, alpha, generator, size) for path in paths(part)}
+        for name, part in denoisers(pipe).items()
+    }
+    return Adapter(layers, base_of(pipe), metadata)
+
+
+def draw(pipe: Any, steps: int = 4, guidance: float = 2.0, **call: Any) -> Tensor:
+    """The stock call with fixed noise."""
+    with torch.no_grad():
+        return pipe(
+            prompt=["a red dog"],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+            return_dict=False,
+            **call,
+        )[0]
