@@ -4,15 +4,17 @@
 pipeline.
 """
 
+import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.peft_utils import (
     delete_adapter_layers,
     recurse_remove_peft_layers,
@@ -23,13 +25,16 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from alignprop_pipe import adapter_files
+from alignprop_pipe import adapter_files, hub, stock, windows
 from alignprop_pipe.adapter import Adapter, Format
-from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.export_header import Base
+from alignprop_pipe.choices import Window, window_from_text
+from alignprop_pipe.errors import AdapterError, ConfigError
+from alignprop_pipe.export_header import Base, base_of
 from alignprop_pipe.export_header import describe as describe
-from alignprop_pipe.export_keys import Factors, Layers, common_shape, layers_from, misfit, networks
-from alignprop_pipe.lora import ADAPTER_NAME
+from alignprop_pipe.export_keys import Factors, Layers, common_shape, layers_from, misfit, named_for, networks
+from alignprop_pipe.lora import ADAPTER_NAME, forget_window
+
+logger = logging.getLogger(__name__)
 
 
 def save_adapter(
@@ -42,7 +47,8 @@ def save_adapter(
 ) -> list[Path]:
     """Write the adapter in `pipe` and return the files: see `Adapter.save`.
 
-    The full strength is saved, whatever `set_adapters` says now.
+    The full strength is saved, whatever `set_adapters` says now; a window of steps stands in the header, as
+    `alignprop.window`.
 
     Args:
         pipe: a pipeline whose denoisers hold our adapter.
@@ -60,7 +66,13 @@ def save_adapter(
 # --- loading -------------------------------------------------------------------------------------
 
 
-def load_adapter(pipe: DiffusionPipeline, source: "str | Path | Adapter", scale: float = 1.0) -> None:
+def load_adapter(
+    pipe: DiffusionPipeline,
+    source: "str | Path | Adapter",
+    scale: float = 1.0,
+    window: Window | str | Sequence[Any] | None = None,
+    revision: str | None = None,
+) -> None:
     """Put an adapter on `pipe`, active at `scale`, in place of one that was loaded or trained before.
 
     Reads our files, and LoRA files of diffusers and kohya for the same base model; alpha is honoured. Other adapters
@@ -68,32 +80,79 @@ def load_adapter(pipe: DiffusionPipeline, source: "str | Path | Adapter", scale:
 
     Args:
         pipe: any diffusers pipeline.
-        source: a safetensors file, a run folder, or an Adapter.
+        source: a safetensors file, a run folder, a name on the Hub ("me/name"), or an Adapter.
         scale: strength, 1.0 as trained, 0.0 the base model.
+        window: the share of the denoising steps in which it works, (0.0, 0.6) or "0.0-0.6", in every later call of the
+            pipeline; default: the one that the file names, else all of them.
+        revision: branch, tag or commit of a name on the Hub.
 
     Raises:
         AdapterError: the file is missing, damaged, a pickle, or made for another model; the pipeline is as it was.
+        ConfigError: `window` is none.
     """
     if not math.isfinite(scale):
         raise AdapterError(f"the scale is {scale}; it has to be a number such as 1.0")
+    chosen = None if window is None else windows.as_window(window)
     if isinstance(source, Adapter):
-        _put_on(pipe, _fitting(pipe, source.layers, source.base, "the adapter"), scale, "the adapter")
-        return
-    file = adapter_files.located(source)
+        layers, base, header, called = named_for(pipe, source.layers), source.base, source.metadata, "the adapter"
+    else:
+        layers, base, header, called = _read(pipe, adapter_files.located(hub.local(source, revision)))
+    _fitting(pipe, layers, base, called)
+    chosen = _window_in(header, called) if chosen is None else chosen
+    if not chosen.is_whole:
+        _check_window(pipe, layers, chosen, called)
+    _put_on(pipe, layers, scale, chosen, called)
+    _tell_of_another_base(pipe, base, called)
+
+
+def _tell_of_another_base(pipe: DiffusionPipeline, made_for: Base, called: str) -> None:
+    """Layers that fit say nothing of the model that they were trained on."""
+    here = base_of(pipe).base_model
+    if here and made_for.base_model and here != made_for.base_model:
+        logger.warning(
+            "%s was made for %s and is on %s now: its layers fit, but pictures may not be what it was trained for",
+            called,
+            made_for.base_model,
+            here,
+        )
+
+
+def _read(pipe: DiffusionPipeline, file: Path) -> tuple[Layers, Base, Mapping[str, str], str]:
+    """What is in the file, and its name."""
     tensors, header = adapter_files.read_file(file)
     if header.get("alignprop.denoiser", "").endswith("_2"):
         raise AdapterError(f"{file.name} is the half of an adapter made for ComfyUI; load the file with both halves")
     base = Base.of_header(header)
     try:
         layers = layers_from(pipe, tensors, header)
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+    except Exception as error:  # diffusers' converters fail in any way on keys that they do not expect
         raise AdapterError(
             f"{file.name} holds no LoRA that {type(pipe).__name__} can read ({error}); {_way_out(base)}"
         ) from error
-    _put_on(pipe, _fitting(pipe, layers, base, file.name), scale, file.name)
+    return layers, base, header, file.name
 
 
-def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, called: str) -> None:
+def _window_in(header: Mapping[str, str], called: str) -> Window:
+    text = header.get("alignprop.window") or header.get("window") or ""
+    try:
+        return window_from_text(text) if text else Window()
+    except ConfigError as error:
+        raise AdapterError(f"the header of {called} is damaged: {error}; or give window=(0.0, 1.0)") from error
+
+
+def _check_window(pipe: DiffusionPipeline, layers: Collection[str], chosen: Window, called: str) -> None:
+    """Raises AdapterError for layers that no denoising step calls, and PipelineError for a missing scheduler."""
+    parts = networks(pipe)
+    outside = [name for name in layers if not isinstance(parts[name], ModelMixin)]
+    if outside:
+        raise AdapterError(
+            f"{called} changes {outside[0]}, which has done its work before the first denoising step: it cannot be "
+            f"kept to the window {chosen}; load it with window=(0.0, 1.0)"
+        )
+    stock.scheduler(pipe)
+
+
+def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, chosen: Window, called: str) -> None:
     parts = networks(pipe)
     required = [(parameter, parameter.requires_grad) for name in adapter for parameter in parts[name].parameters()]
     for part in parts.values():
@@ -103,6 +162,8 @@ def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, called: str)
             _install(pipe, parts[name], layers)
             set_adapter_layers(parts[name], enabled=True)
             set_weights_and_activate_adapters(parts[name], [ADAPTER_NAME], [scale])
+        if not chosen.is_whole:
+            windows.put_on(pipe, {name: parts[name] for name in adapter}, chosen)
     except Exception as error:
         for part in parts.values():
             _remove(part)
@@ -112,6 +173,12 @@ def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, called: str)
     finally:
         for parameter, was in required:
             parameter.requires_grad_(was)
+
+
+def remove_adapter(pipe: DiffusionPipeline) -> None:
+    """Take our adapter off every network of `pipe`; other adapters stay."""
+    for part in networks(pipe).values():
+        _remove(part)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -124,8 +191,8 @@ def _way_out(base: Base) -> str:
     return f"load it into {made_for or 'the pipeline that it was made for'}"
 
 
-def _fitting(pipe: DiffusionPipeline, adapter: Layers, base: Base, called: str) -> Layers:
-    """The layers, if every one of them is found in `pipe` with the right shape, else AdapterError."""
+def _fitting(pipe: DiffusionPipeline, adapter: Layers, base: Base, called: str) -> None:
+    """Raises AdapterError unless every layer is found in `pipe` with the right shape."""
     parts = networks(pipe)
     misfits = [
         f"{name}.{path} {problem}"
@@ -139,7 +206,6 @@ def _fitting(pipe: DiffusionPipeline, adapter: Layers, base: Base, called: str) 
             f"{len(misfits)} of its {total} layers do not fit, the first: {misfits[0]}" if misfits else "it is empty"
         )
         raise AdapterError(f"{called} was not made for this {type(pipe).__name__}: {reason}; {_way_out(base)}")
-    return adapter
 
 
 def _install(pipe: DiffusionPipeline, part: nn.Module, layers: Mapping[str, Factors]) -> None:
@@ -170,6 +236,7 @@ def _install(pipe: DiffusionPipeline, part: nn.Module, layers: Mapping[str, Fact
 
 def _remove(part: nn.Module) -> None:
     """Take our adapter away; without any other the component is the stock one again."""
+    forget_window(part)
     if ADAPTER_NAME not in getattr(part, "peft_config", {}):
         return
     delete_adapter_layers(part, ADAPTER_NAME)

@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from alignprop_pipe import __version__
+from alignprop_pipe.adapter_keys import PIPELINES, UNETS, family_of
 from alignprop_pipe.errors import AdapterError
 
 FORMAT = "1"
@@ -58,7 +59,7 @@ class Base:
         """What a file's header says of it."""
         try:
             families = json.loads(header.get("alignprop.families", "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             families = {}
         known = {str(name): str(family) for name, family in families.items()} if isinstance(families, dict) else {}
         model = header.get("alignprop.base_model", "") or header.get("ss_sd_model_name", "")
@@ -71,26 +72,13 @@ class Base:
         said = cls.of_header(header)
         if said.base_class and said.families:
             return said
-        base_class, name, family = guessed(tensors, header)
-        return replace(said, base_class=said.base_class or base_class, families=said.families or {name: family})
-
-
-def guessed(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> tuple[str, str, str]:
-    """The pipeline class, the denoiser's name and its family, by the keys of a LoRA file and the shapes in it."""
-    keys = " ".join(tensors)
-    if "single_transformer_blocks" in keys or "double_blocks" in keys:
-        return "FluxPipeline", "transformer", "FluxTransformer2DModel"
-    if "joint_blocks" in keys or ("add_q_proj" in keys and "transformer" in keys):
-        return "StableDiffusion3Pipeline", "transformer", "SD3Transformer2DModel"
-    widths = {tensor.shape[1] for key, tensor in tensors.items() if _reads_text(key) and tensor.ndim > 1}
-    if 2048 in widths or "lora_te2_" in keys or "text_encoder_2." in keys:
-        return "StableDiffusionXLPipeline", "unet", "xl"
-    return "StableDiffusionPipeline", "unet", "v2" if 1024 in widths or header.get("ss_v2") == "True" else "v1"
-
-
-def _reads_text(key: str) -> bool:
-    """Whether it is the down-projection of a cross-attention's keys, whose width is that of the text's embedding."""
-    return "attn2" in key and "to_k" in key and ("lora_A" in key or "down" in key)
+        family = family_of(tensors, header)
+        name = "unet" if family in UNETS else "transformer"
+        return replace(
+            said,
+            base_class=said.base_class or PIPELINES.get(family, ""),
+            families=said.families or ({name: family} if family else {}),
+        )
 
 
 def base_of(pipe: DiffusionPipeline) -> Base:
@@ -102,6 +90,23 @@ def base_of(pipe: DiffusionPipeline) -> Base:
         if isinstance(getattr(part, "_orig_mod", part), ModelMixin) and not hasattr(part, "decode")
     }
     return Base(_base_model(pipe), _stock_class(pipe), families, _prediction(pipe))
+
+
+OF_ONE_FILE = (
+    "format", "lora_adapter_metadata", "alignprop.format", "alignprop.version", "alignprop.rank", "alignprop.alpha",
+    "alignprop.families", "alignprop.base_class", "alignprop.denoiser", "ss_network_module", "ss_network_dim",
+    "ss_network_alpha", "ss_network_args", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256",
+    "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.date",
+)  # fmt: skip
+"""Names in a header that describe the file itself, and would be wrong in another one."""
+OF_THE_MODEL = ("ss_v2", "ss_base_model_version", "modelspec.architecture")
+"""What is found here for a known model, since other programs hide a file over it."""
+
+
+def carried(metadata: Mapping[str, str], made_for: Base) -> dict[str, str]:
+    """The texts of a file that still hold in another file with the same adapter."""
+    stale = {*OF_ONE_FILE, *(OF_THE_MODEL if made_for.families else ())}
+    return {key: value for key, value in metadata.items() if key not in stale}
 
 
 def header_for(
@@ -122,15 +127,15 @@ def header_for(
     given = dict(metadata)
     base = public_id(given.pop("base_model", "")) or made_for.base_model
     name, (rank, alpha) = next(iter(shapes.items()))
-    family = made_for.families.get(name, "")
-    families = {name: made_for.families[name] for name in shapes if name in made_for.families}
+    family = made_for.families.get(name) or next(iter(made_for.families.values()), "")
+    families = {name: made_for.families[name] for name in shapes if name in made_for.families} or made_for.families
     header = {
         "format": "pt",
         "alignprop.format": FORMAT,
         "alignprop.version": __version__,
         "alignprop.base_model": base,
         "alignprop.base_class": made_for.base_class,
-        "alignprop.families": json.dumps(families) if families else "",
+        "alignprop.families": json.dumps(dict(families)) if families else "",
         "alignprop.rank": str(rank),
         "alignprop.alpha": f"{alpha:g}",
         "modelspec.sai_model_spec": "1.0.0",

@@ -10,9 +10,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
@@ -21,54 +22,44 @@ from diffusers.utils.state_dict_utils import (
     DIFFUSERS_OLD_TO_PEFT,
     DIFFUSERS_TO_PEFT,
     convert_state_dict,
-    convert_state_dict_to_kohya,
     convert_unet_state_dict_to_peft,
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from alignprop_pipe import kohya_transformers
+from alignprop_pipe.adapter_keys import PIPELINES, UNETS, check, family_of, layers_of, place_of
 from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.export_header import Base
+from alignprop_pipe.factors import Factors as Factors
+from alignprop_pipe.factors import Layers as Layers
 from alignprop_pipe.lora import ADAPTER_NAME
 from alignprop_pipe.stock import components
 
 COMFYUI_KEYS: dict[str, dict[str, str]] = {
     "WanTransformer3DModel": {
-        ".attn1.": ".self_attn.",
-        ".attn2.": ".cross_attn.",
-        ".to_q": ".q",
-        ".to_k": ".k",
-        ".to_v": ".v",
-        ".to_out.0": ".o",
-        ".add_k_proj": ".k_img",
-        ".add_v_proj": ".v_img",
-        ".ffn.net.0.proj": ".ffn.0",
-        ".ffn.net.2": ".ffn.2",
+        **{f".{ours}": f".{theirs}" for ours, theirs in kohya_transformers.WAN.items()},
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "proj_out": "head.head",
     },
     "LTXVideoTransformer3DModel": {},
 }
 """Transformers whose own key names ComfyUI wants, under `diffusion_model.`; it knows the others by `transformer.`."""
 
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """The low-rank change of one layer: delta-W = up @ down * alpha / rank."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    def folded(self) -> Tensor:
-        """`up` for readers that take alpha = rank."""
-        return self.up if self.alpha == self.rank else self.up * (self.alpha / self.rank)
-
-
-Layers = dict[str, dict[str, Factors]]
-"""Factors by component ("unet", "transformer", "transformer_2", "text_encoder") and by the layer's name in it."""
+COMPONENTS = (
+    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
+)  # fmt: skip
+CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
+"""How paths in a CLIP begin below its `text_model` level, which transformers 5.6 took away from some of its classes."""
+UNET_PARTS = (
+    "down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.",
+    "encoder_hid_proj", "time_proj", "class_embedding", "conv_norm_out",
+)  # fmt: skip
 
 
 # --- out of a pipeline ----------------------------------------------------------------------------------------------
@@ -80,21 +71,31 @@ def networks(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def layers_in(pipe: DiffusionPipeline) -> Layers:
-    """The adapter that the denoisers of `pipe` hold. Raises AdapterError if they hold none."""
+    """The adapter that the networks of `pipe` hold, denoisers first. Raises AdapterError if they hold none."""
     found = {}
     for name, part in networks(pipe).items():
-        if isinstance(part, ModelMixin):  # no text encoder
-            found[name] = {
-                path: _factors_of(layer)
-                for path, layer in part.named_modules()
-                if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_A
-            }
-    found = {name: layers for name, layers in found.items() if layers}
+        found[name] = {
+            clip_path(path, nested=True) if is_text(name) else path: _factors_of(layer)
+            for path, layer in part.named_modules()
+            if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_A
+        }
+    found = {name: found[name] for name in sorted(found, key=is_text) if found[name]}
     if not found:
         raise AdapterError(
             f"{type(pipe).__name__} holds no adapter yet: train one with align(), or load_adapter() first"
         )
     return found
+
+
+def is_text(name: str) -> bool:
+    """Whether a component is a text encoder."""
+    return name.startswith("text_encoder")
+
+
+def clip_path(path: str, *, nested: bool) -> str:
+    """A path in a text encoder, with or without the level that some classes of CLIP have and others have not."""
+    bare = path.removeprefix("text_model.")
+    return f"text_model.{bare}" if nested and bare.startswith(CLIP_PARTS) else bare
 
 
 def _factors_of(layer: Any) -> Factors:
@@ -128,13 +129,40 @@ def comfyui_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[
     if name != "unet":
         prefix, renames = ("diffusion_model" if family in COMFYUI_KEYS else "transformer"), COMFYUI_KEYS.get(family, {})
         return diffusers_keys({prefix: {_renamed(path, renames): factors for path, factors in layers.items()}})
-    plain = {}
+    return _flat_keys("lora_unet", layers)
+
+
+def comfyui_text_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Tensors of a text encoder for the file of a denoiser of this family: kohya's names beside kohya's."""
+    if family in UNETS:
+        return kohya_text_keys(family, name, layers)
+    if not all(path.startswith("text_model.") for path in layers):
+        raise AdapterError(f"ComfyUI knows no names for the layers of {name}, which is no CLIP; use 'diffusers'")
+    return diffusers_keys({name: dict(layers)})
+
+
+def kohya_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Tensors of one denoiser as kohya's scripts name them, with alpha. Raises AdapterError: they have no names."""
+    if name == "transformer_2":
+        raise AdapterError("kohya's files hold one transformer, and this adapter is for two; use 'diffusers'")
+    return _flat_keys("lora_unet", layers if name == "unet" else kohya_transformers.to_kohya(family, layers))
+
+
+def kohya_text_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Tensors of a text encoder as kohya's scripts name them: numbered where the model may have several."""
+    number = "" if family in ("v1", "v2") else (name.removeprefix("text_encoder").strip("_") or "1")
+    if family == "FluxTransformer2DModel" and number == "2":  # they count CLIP-G, which Flux has not
+        number = "3"
+    return _flat_keys(f"lora_te{number}", layers)
+
+
+def _flat_keys(prefix: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    tensors = {}
     for path, factors in layers.items():
-        plain[f"unet.{path}.lora_A.weight"] = factors.down
-        plain[f"unet.{path}.lora_B.weight"] = factors.up
-    tensors = convert_state_dict_to_kohya(plain)
-    for path, factors in layers.items():  # the converter writes the rank, whatever alpha is
-        tensors[f"lora_unet_{path.replace('.', '_')}.alpha"] = torch.tensor(factors.alpha)
+        layer = f"{prefix}_{path.replace('.', '_')}"
+        tensors[f"{layer}.lora_down.weight"] = factors.down
+        tensors[f"{layer}.lora_up.weight"] = factors.up
+        tensors[f"{layer}.alpha"] = torch.tensor(factors.alpha)
     return tensors
 
 
@@ -148,27 +176,123 @@ def _renamed(path: str, names: Mapping[str, str]) -> str:
 
 
 def layers_from(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Layers:
-    """Sort the keys of any known format by component and layer, through the converter of the pipeline itself."""
+    """Sort the keys of any known format by component and layer, through the converter of the pipeline itself.
+
+    Raises ValueError, and whatever the converter raises: the keys are none of a LoRA for such a pipeline.
+    """
     options: dict[str, Any] = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
     parts = networks(pipe)
     sole = next((n for n, part in parts.items() if isinstance(part, ModelMixin) and not hasattr(part, "decode")), "")
-    bare = {
-        name for name, part in parts.items() if not isinstance(part, ModelMixin) and not hasattr(part, "text_model")
-    }
-    return _sorted(_converted(pipe, tensors, options), header, set(parts), sole, bare)
+    return named_for(pipe, _all_of(pipe, tensors, header, options, set(parts), sole))
 
 
-COMPONENTS = (
-    "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
-)  # fmt: skip
-
-
-def layers_alone(reader: Any, tensors: dict[str, Tensor], header: Mapping[str, str], unet_config: Any) -> Layers:
-    """As `layers_from`, where there is no pipeline but its class alone; None: any UNet of Stable Diffusion."""
+def layers_alone(base: Base, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Layers:
+    """As `layers_from`, where no pipeline is there but what is known of it."""
+    reader = pipeline_class(base.base_class) or pipeline_class(PIPELINES.get(family_of(tensors, header), ""))
     is_transformer = not hasattr(reader, "unet_name") and hasattr(reader, "transformer_name")
-    options = {} if is_transformer else {"unet_config": unet_config}
-    sole = "transformer" if is_transformer else "unet"
-    return _sorted(_converted(reader, tensors, options), header, COMPONENTS, sole, COMPONENTS)
+    # What diffusers asks of a UNet's configuration, to number the blocks of SDXL's original layout.
+    options = {} if is_transformer else {"unet_config": SimpleNamespace(layers_per_block=2)}
+    own = [name for name in base.families if name.isidentifier()]
+    sole = next(iter(own), "transformer" if is_transformer else "unet")
+    found = _all_of(reader, tensors, header, options, {*COMPONENTS, *own}, sole)
+    _check_names(found, foreign="alignprop.families" not in header)
+    denoiser = header.get("alignprop.denoiser", "")
+    if denoiser == "transformer_2" and found.keys() == {"transformer"}:  # ComfyUI's file of the second one
+        return {denoiser: found["transformer"]}
+    return found
+
+
+def _check_names(found: Layers, *, foreign: bool) -> None:
+    """Raises ValueError for names that no converter has understood."""
+    for name, layers in found.items():
+        for path in layers:
+            if path.startswith(("lora_", "lycoris_", "diffusion_model.")):
+                raise ValueError(f"nobody reads {path!r} for this model; names of diffusers or ComfyUI are needed")
+            if foreign and name == "unet" and not path.startswith(UNET_PARTS):
+                raise ValueError(f"{path!r} is no layer of a UNet")
+
+
+def refusal_of_diffusers(base_class: str, tensors: dict[str, Tensor]) -> str:
+    """Why `load_lora_weights` of this pipeline class would not read the file; empty where it would."""
+    reader = pipeline_class(base_class)
+    if reader is None:
+        return "the model is not known"
+    if not hasattr(reader, "load_lora_weights"):
+        return f"{base_class} has no load_lora_weights; AlignPropPipeline.load_adapter reads it"
+    options = {"unet_config": SimpleNamespace(layers_per_block=2)} if hasattr(reader, "unet_name") else {}
+    try:
+        state = reader.lora_state_dict(dict(tensors), **options)
+    except Exception as error:  # converters fail in any way on keys that they do not expect
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return f"its converter does not take these names and shapes ({reason})"
+    strange = [key for key in (state[0] if isinstance(state, tuple) else state) if "lora" not in key]
+    return f"it takes no {strange[0]!r} beside its own names" if strange else ""
+
+
+def pipeline_class(name: str) -> Any:
+    """The pipeline class of diffusers of that name, which a file's header may have made up; None if there is none."""
+    if not name.endswith("Pipeline") or not name.isidentifier():
+        return None
+    found = getattr(diffusers, name, None)
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
+def named_for(pipe: DiffusionPipeline, adapter: Layers) -> Layers:
+    """The layers of text encoders by the paths that they have in `pipe`."""
+    parts = networks(pipe)
+    return {
+        name: {clip_path(path, nested=hasattr(parts.get(name), "text_model")): f for path, f in layers.items()}
+        if is_text(name)
+        else layers
+        for name, layers in adapter.items()
+    }
+
+
+def _all_of(
+    reader: Any,
+    tensors: dict[str, Tensor],
+    header: Mapping[str, str],
+    options: dict[str, Any],
+    names: Collection[str],
+    sole: str,
+) -> Layers:
+    """Every layer of the file, by component, or ValueError: nothing is dropped in silence."""
+    in_file = check(tensors).layers
+    found = _kohya_layers(tensors, header) or _sorted(_converted(reader, tensors, options), header, names, sole)
+    if sum(map(len, found.values())) < len(in_file):
+        raise ValueError("some of its keys name the same layer, or one that this model has not")
+    return {name: found[name] for name in sorted(found, key=lambda name: (is_text(name), name))}
+
+
+def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Layers:
+    """The layers of a transformer by its own names, as kohya's scripts and ComfyUI have them; empty for other files.
+
+    Here they keep their alphas, which diffusers' converters fold in; ComfyUI's for Flux no converter reads.
+    """
+    family = family_of(tensors, header)
+    in_file = layers_of(tensors).layers
+    dotted = ("diffusion_model.",) if family == "FluxTransformer2DModel" else ()
+    are_own = all(name.startswith(("lora_unet_", "lora_te", *dotted)) for name in in_file)
+    if not (are_own and kohya_transformers.is_known(family)):
+        return {}
+    raw: Layers = {}
+    for name, parts in in_file.items():
+        place = place_of(name)
+        raw.setdefault(place.component, {})[place.path.replace(".", "_")] = _whole(
+            parts["down"], parts["up"], parts.get("alpha")
+        )
+    found = {"transformer": kohya_transformers.from_kohya(family, raw.pop("denoiser", {}))}
+    for name, layers in raw.items():
+        found[name] = {_clip_dotted(flat): factors for flat, factors in layers.items()}
+    return found
+
+
+def _clip_dotted(flat: str) -> str:
+    """A CLIP's path out of kohya's flat one."""
+    path = flat.replace("_", ".")
+    for word in ("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"):
+        path = path.replace(word.replace("_", "."), word)
+    return path
 
 
 def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
@@ -181,22 +305,19 @@ def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any])
     return {**state, **(alphas or {})}
 
 
-def _sorted(
-    state: Mapping[str, Any], header: Mapping[str, str], names: Collection[str], sole: str, bare: Collection[str]
-) -> Layers:
-    """By component: of `names`, or `sole` where a key names none; text encoders in `bare` have no text_model level."""
+def _sorted(state: Mapping[str, Any], header: Mapping[str, str], names: Collection[str], sole: str) -> Layers:
+    """By component: of `names`, or `sole` where a key names none."""
     by_part: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
         name, path = (head, rest) if head in names else (sole, key.removeprefix("base_model.model."))
-        by_part.setdefault(name, {})[path] = value
+        by_part.setdefault(name, {})[path.replace(".default.", ".")] = value
     config = json.loads(header.get("lora_adapter_metadata", "{}"))
     found = {}
     for name, keys in by_part.items():
-        if name.startswith("text_encoder"):
+        if is_text(name):
             keys = convert_state_dict(keys, {**DIFFUSERS_OLD_TO_PEFT, **DIFFUSERS_TO_PEFT})
-            if name in bare:
-                keys = {key.removeprefix("text_model."): value for key, value in keys.items()}
+            keys = {clip_path(key, nested=True): value for key, value in keys.items()}
         else:
             keys = convert_unet_state_dict_to_peft(keys)
         found[name] = _layers(keys, _config_of(config, name))
@@ -222,9 +343,15 @@ def _layers(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Fac
         if not {"A.weight", "B.weight"} <= values.keys():
             raise ValueError(f"{path} has only {' and '.join(sorted(values))} of its two matrices")
         down, up = values["A.weight"], values["B.weight"]
-        alpha = values.get("alpha", _alpha_in(config, path, down.shape[0]))
-        layers[path] = Factors(down, up, float(alpha))
+        layers[path] = _whole(down, up, values.get("alpha", _alpha_in(config, path, down.shape[0])))
     return layers
+
+
+def _whole(down: Tensor, up: Tensor, alpha: Any) -> Factors:
+    number = float(down.shape[0] if alpha is None else alpha)
+    if not math.isfinite(number):
+        raise ValueError(f"an alpha is {number}")
+    return Factors(down, up, number)
 
 
 def _alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:

@@ -372,7 +372,7 @@ DAMAGES = {
     _pickle: "safetensors",
     _other_model: "load it into StableDiffusionXLPipeline",
     _no_layers: "load it into",
-    _not_a_lora: "load it into",
+    _not_a_lora: "holds no LoRA",
     _one_half: "load it into",
     _nan: "NaN",
     _unknown_layer: "1 of .* layers do not fit, the first: unet.extra does not exist",

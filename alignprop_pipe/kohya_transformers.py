@@ -1,0 +1,207 @@
+"""Transformers' layers by the names that kohya's scripts give them, and back.
+
+Those names are the models' own, flat. Where the own model has one matrix for several of diffusers' (query, key and
+value of Flux), the factors are laid side by side: their downs one below the other, their ups along a diagonal.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.factors import Factors
+
+Names = dict[str, str]
+
+_QWEN = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+    "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1",
+    "txt_mod.1",
+)  # fmt: skip
+WAN: Names = {
+    "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o", "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+"""Layers in a block of Wan: diffusers' name -> the model's own."""
+_FLUX_DOUBLE: Names = {
+    "attn.to_out.0": "img_attn.proj", "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
+    "norm1.linear": "img_mod.lin", "attn.to_add_out": "txt_attn.proj", "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2", "norm1_context.linear": "txt_mod.lin",
+}  # fmt: skip
+_FLUX_OTHERS: Names = {
+    "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+}  # fmt: skip
+HALVES_SWAPPED = "norm_out.linear"
+"""The model's own layer gives shift and scale in the other order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Layers that are one in the model itself, and how many rows each has, in rows of the first."""
+
+    parts: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A list of like blocks: its name in the model itself, its layers, and those of them that are fused."""
+
+    name: str
+    layers: Names
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+
+
+_FLUX_FUSED = {
+    "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1)),
+    "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), (1, 1, 1)),
+}
+_FLUX_SINGLE = {"linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, 4))}
+
+BLOCKS: dict[str, dict[str, Blocks]] = {
+    "FluxTransformer2DModel": {
+        "transformer_blocks": Blocks("double_blocks", _FLUX_DOUBLE, _FLUX_FUSED),
+        "single_transformer_blocks": Blocks(
+            "single_blocks", {"proj_out": "linear2", "norm.linear": "modulation.lin"}, _FLUX_SINGLE
+        ),
+    },
+    "QwenImageTransformer2DModel": {
+        "transformer_blocks": Blocks("transformer_blocks", {name: name for name in _QWEN}),
+    },
+    "WanTransformer3DModel": {"blocks": Blocks("blocks", WAN)},
+}
+"""Families that kohya's scripts train and that diffusers reads from their files -> their lists of blocks."""
+OTHERS: dict[str, Names] = {"FluxTransformer2DModel": _FLUX_OTHERS}
+
+
+def is_known(family: str) -> bool:
+    """Whether a transformer of this family has names of kohya's."""
+    return family in BLOCKS
+
+
+def to_kohya(family: str, layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Layers of a transformer by kohya's flat names, without prefix. Raises AdapterError: it has none."""
+    if family not in BLOCKS:
+        raise AdapterError(
+            f"kohya's scripts have no names for {family or 'this transformer'} that diffusers reads, only for "
+            f"{', '.join(BLOCKS)} and the UNets of Stable Diffusion; take the format 'comfyui' or 'diffusers'"
+        )
+    found: dict[str, Factors] = {}
+    together: dict[str, dict[str, Factors]] = {}
+    kinds: dict[str, Fused] = {}
+    for path, factors in layers.items():
+        name, fused = _name(family, path)
+        if fused is None:
+            found[name] = _swapped(factors) if path == HALVES_SWAPPED else factors
+        else:
+            together.setdefault(name, {})[path] = factors
+            kinds[name] = fused
+    return found | {name: _side_by_side(kinds[name], parts) for name, parts in together.items()}
+
+
+def from_kohya(family: str, layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Layers by diffusers' names. Raises ValueError: a name that the family has not."""
+    found: dict[str, Factors] = {}
+    others = {_flat(name): path for path, name in OTHERS.get(family, {}).items()}
+    for flat, factors in layers.items():
+        if flat in others:
+            found[others[flat]] = _swapped(factors) if others[flat] == HALVES_SWAPPED else factors
+        else:
+            found |= _from_block(family, flat, factors)
+    return found
+
+
+def _name(family: str, path: str) -> tuple[str, Fused | None]:
+    """The flat name of a layer, and what it is fused with."""
+    if path in OTHERS.get(family, {}):
+        return _flat(OTHERS[family][path]), None
+    stem, _, rest = path.partition(".")
+    number, _, layer = rest.partition(".")
+    blocks = BLOCKS[family].get(stem, Blocks("", {}))
+    if layer in blocks.layers:
+        return _flat(f"{blocks.name}.{number}.{blocks.layers[layer]}"), None
+    for name, fused in blocks.fused.items():
+        if layer in fused.parts:
+            return _flat(f"{blocks.name}.{number}.{name}"), fused
+    raise AdapterError(f"kohya's scripts have no name for {path} of {family}; take the format 'diffusers'")
+
+
+def _from_block(family: str, flat: str, factors: Factors) -> dict[str, Factors]:
+    for stem, blocks in BLOCKS[family].items():
+        match = re.fullmatch(rf"{blocks.name}_(\d+)_(\w+)", flat)
+        if match is None:
+            continue
+        place = f"{stem}.{match[1]}"
+        for layer, name in blocks.layers.items():
+            if _flat(name) == match[2]:
+                return {f"{place}.{layer}": factors}
+        for name, fused in blocks.fused.items():
+            if _flat(name) == match[2]:
+                return {f"{place}.{layer}": part for layer, part in _taken_apart(fused, factors).items()}
+    raise ValueError(f"'lora_unet_{flat}' is no layer of {family}")
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _swapped(factors: Factors) -> Factors:
+    first, second = factors.up.chunk(2)
+    return Factors(factors.down, torch.cat([second, first]), factors.alpha)
+
+
+def _side_by_side(fused: Fused, parts: Mapping[str, Factors]) -> Factors:
+    """One pair of factors for all of `parts`, by path; parts that have none get zeros."""
+    by_layer = {
+        layer: next((f for path, f in parts.items() if path.endswith(f".{layer}")), None) for layer in fused.parts
+    }
+    unit = next(f.up.shape[0] // rows for f, rows in zip(by_layer.values(), fused.rows, strict=True) if f is not None)
+    given = [factors for factors in by_layer.values() if factors is not None]
+    total = sum(factors.rank for factors in given)
+    one_scale = len({factors.alpha / factors.rank for factors in given}) == 1
+    alpha = given[0].alpha * total / given[0].rank if one_scale else float(total)
+    ups, column = [], 0
+    for factors, rows in zip(by_layer.values(), fused.rows, strict=True):
+        up = given[0].up.new_zeros(unit * rows, total)
+        if factors is not None:
+            up[:, column : column + factors.rank] = factors.up if one_scale else factors.folded()
+            column += factors.rank
+        ups.append(up)
+    return Factors(torch.cat([factors.down for factors in given]), torch.cat(ups), alpha)
+
+
+def _taken_apart(fused: Fused, factors: Factors) -> dict[str, Factors]:
+    """The factors of each part: the columns of `up` that do something in its rows."""
+    unit = sum(fused.rows)
+    if factors.up.shape[0] % unit:
+        raise ValueError(f"{factors.up.shape[0]} rows cannot be those of {' and '.join(fused.parts)}")
+    blocks = factors.up.split([factors.up.shape[0] // unit * rows for rows in fused.rows])
+    columns = _columns(blocks, factors.rank)
+    found = {}
+    for layer, block, chosen in zip(fused.parts, blocks, columns, strict=True):
+        if len(chosen):
+            down, up = factors.down[chosen], block[:, chosen].contiguous()
+            found[layer] = Factors(down, up, factors.alpha * len(chosen) / factors.rank)
+    return found
+
+
+def _columns(blocks: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """Which columns of each block count: an equal share where the rest is zero, as kohya's scripts lay them."""
+    share, left = divmod(rank, len(blocks))
+    shares = [torch.arange(number * share, (number + 1) * share) for number in range(len(blocks))]
+    used = [(block != 0).any(dim=0).nonzero().flatten() for block in blocks]
+    if not left and all(set(one.tolist()) <= set(mine.tolist()) for one, mine in zip(used, shares, strict=True)):
+        return shares
+    return used
