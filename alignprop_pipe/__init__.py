@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.choices import RecomputeAll as RecomputeAll
     from alignprop_pipe.choices import RecomputeNone as RecomputeNone
     from alignprop_pipe.choices import Target as Target
+    from alignprop_pipe.choices import Window as Window
     from alignprop_pipe.config import AlignConfig as AlignConfig
     from alignprop_pipe.config import EvaluationOptions as EvaluationOptions
     from alignprop_pipe.config import LoraOptions as LoraOptions
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from alignprop_pipe.evidence import evaluate as evaluate
     from alignprop_pipe.export import load_adapter as load_adapter
     from alignprop_pipe.export import save_adapter as save_adapter
+    from alignprop_pipe.inspection import Inspection as Inspection
+    from alignprop_pipe.inspection import inspect_adapter as inspect_adapter
+    from alignprop_pipe.merging import merge as merge
+    from alignprop_pipe.mixing import mix as mix
     from alignprop_pipe.pipeline import AlignPropPipeline as AlignPropPipeline
     from alignprop_pipe.prompts import PromptSet as PromptSet
     from alignprop_pipe.records import Evidence as Evidence
@@ -63,6 +68,7 @@ _HOME = {
     "Maximize": "alignprop_pipe.choices",
     "Target": "alignprop_pipe.choices",
     "Hinge": "alignprop_pipe.choices",
+    "Window": "alignprop_pipe.choices",
     "PromptSet": "alignprop_pipe.prompts",
     "Reward": "alignprop_pipe.rewards.base",
     "as_reward": "alignprop_pipe.rewards.registry",
@@ -74,6 +80,10 @@ _HOME = {
     "evaluate": "alignprop_pipe.evidence",
     "save_adapter": "alignprop_pipe.export",
     "load_adapter": "alignprop_pipe.export",
+    "Inspection": "alignprop_pipe.inspection",
+    "inspect_adapter": "alignprop_pipe.inspection",
+    "merge": "alignprop_pipe.merging",
+    "mix": "alignprop_pipe.mixing",
     "Trackers": "alignprop_pipe.trackers",
     "AlignError": "alignprop_pipe.errors",
     "errors": "alignprop_pipe",

@@ -37,6 +37,10 @@ class AdapterError(AlignError):
     """An adapter file is missing, damaged, or made for another model."""
 
 
+class HubError(AdapterError):
+    """An adapter cannot be pushed to the Hugging Face Hub, or loaded from there."""
+
+
 class TrainingDiverged(AlignError):
     """Several steps in a row had a loss or gradient that was not finite."""
 

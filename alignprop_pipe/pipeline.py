@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
@@ -158,7 +159,7 @@ class AlignPropPipeline(DiffusionPipeline):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_adapter(self, path: str | Path, format: str = "both", **metadata: str) -> list[Path]:
-        """Write the adapter as safetensors: `diffusers` keys, `kohya` keys (for ComfyUI), or both side by side.
+        """Write the adapter as safetensors: `diffusers`, `comfyui` or `kohya` keys, or the first two side by side.
 
         Returns the files written. Raises AdapterError if the pipeline holds no adapter.
         """
@@ -169,13 +170,15 @@ class AlignPropPipeline(DiffusionPipeline):
         source: str | Path | Adapter,
         scale: float = 1.0,
         window: Window | str | Sequence[Any] | None = None,
+        revision: str | None = None,
     ) -> None:
-        """Put an adapter file, run folder or `Adapter` on the pipeline, in place of one that it holds.
+        """Put an adapter on the pipeline, in place of one that it holds: a file, run folder, `Adapter` or "me/name".
 
+        The last is a name on the Hub, there at `revision`; the cache serves where the Hub cannot be reached.
         `scale` is its strength: 1.0 as trained. `window` keeps it to a share of the denoising steps: (0.0, 0.6) or
         "0.0-0.6" are the first 60 % (default: what the file says, else all). Raises AdapterError, ConfigError.
         """
-        export.load_adapter(self, source, scale, window)
+        export.load_adapter(self, source, scale, window, revision)
 
 
 @contextmanager
@@ -263,10 +266,20 @@ def open_run(session: "Session", out: str | Path, reward: Reward, prompts: Any) 
     pipe = session.pipe
     model = pipe.name_or_path or stock_class(type(pipe)).__name__
     source = str(prompts) if isinstance(prompts, str | Path) else list(PromptSet.load(prompts).prompts)
-    return RunFolder.create(
+    run = RunFolder.create(
         Path(out), command=repeat_command(model, session.reward, source), config=session.config, model=model,
         reward=str(reward), calibrated=str(session.reward), prompts=source,
     )  # fmt: skip
+    run.about["device"] = device_name(pipe.device)
+    return run
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name; of a CPU, how many threads worked on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else device.type
 
 
 def repeat_command(model: str, reward: Reward, prompts: str | list[str]) -> str:
@@ -333,6 +346,7 @@ def conclude(session: Session, interrupted: bool, status: str = "") -> AlignResu
         status = f"no better held-out score for {config.evaluation.patience} looks: ended after {done} steps"
     with autograd_on():  # in inference mode the copies would be of no use outside it
         adapter = Adapter.of(pipe, adapter_metadata(session, changes))
+        adapter = adapter if run is None else replace(adapter, run_folder=run.path)
     if run is not None:
         adapter.save(run.adapter_path)
         if after is not None:

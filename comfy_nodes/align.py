@@ -45,17 +45,10 @@ class Align(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        truncation: Any = None,
-        checkpointing: Any = None,
-        loss: Any = None,
-        betas: Any = None,
-    ) -> bool | str:
-        # Only the settings that are texts: ComfyUI checks the ranges of those that are not named here.
-        texts = {"truncation": truncation, "checkpointing": checkpointing, "loss": loss, "betas": betas}
+    def validate_inputs(cls, truncation: Any = None) -> bool | str:
+        # One text alone: ComfyUI repeats the message at every input that is named here, and leaves its range unchecked.
         try:
-            config_from({name: text for name, text in texts.items() if text is not None})
+            config_from({} if truncation is None else {"truncation": truncation})
         except Exception as error:
             return str(error)
         return True

@@ -156,18 +156,28 @@ class Progress:
 
 @contextmanager
 def counted_calls(pipe: Any, on_call: Callable[[], None]) -> Iterator[None]:
-    """`on_call` at every denoiser call but those that are made again for the gradient."""
+    """`on_call` at every denoiser call but those that are made again for the gradient; a stop ends the gradient too."""
     from alignprop_pipe import stock
 
-    def hook(*_: Any) -> None:
+    def stop(*_: Any) -> None:
+        if memory.processing_interrupted():
+            raise KeyboardInterrupt
+
+    def before(*_: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # -1: no backward pass is running
             on_call()
-        elif memory.processing_interrupted():
-            raise KeyboardInterrupt
+        else:
+            stop()
+
+    def after(_module: Any, _inputs: Any, output: Any) -> None:
+        for value in output.values() if isinstance(output, dict) else output:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                value.register_hook(stop)
 
     with ExitStack() as stack:
         for denoiser in stock.denoisers(pipe).values():
-            stack.callback(denoiser.register_forward_pre_hook(hook).remove)
+            stack.callback(denoiser.register_forward_pre_hook(before).remove)
+            stack.callback(denoiser.register_forward_hook(after).remove)
         yield
 
 

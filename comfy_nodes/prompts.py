@@ -32,16 +32,6 @@ class Prompts(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: Any = TEXT, text: Any = "", file: Any = "") -> bool | str:
-        if None in (source, text, file):  # comes from another node
-            return True
-        try:
-            loaded(source, text, file)
-        except Exception as error:
-            return str(error)
-        return True
-
-    @classmethod
     def fingerprint_inputs(cls, source: str = TEXT, text: str = "", file: str = "") -> str:
         return fingerprint(file) if source == FILE else ""
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import socket
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,7 +187,8 @@ def test_the_lora_is_in_the_core_loaders_list_without_a_restart(server: Server, 
     assert name in loras(server)
     assert name in server.object_info("AlignPropLoadAdapter")["input"]["required"]["lora_name"][1]["options"]
     with safe_open(server.base / "models" / "loras" / name, framework="np") as file:
-        assert any(np.abs(file.get_tensor(key)).max() > 0 for key in file.keys() if "lora_up" in key)  # noqa: SIM118
+        ups = [key for key in file.keys() if key.endswith((".lora_up.weight", ".lora_B.weight"))]  # noqa: SIM118
+        assert any(np.abs(file.get_tensor(key)).max() > 0 for key in ups)
         about = file.metadata()
     assert (about["alignprop.reward"], about["ss_output_name"]) == ("jpeg(quality=60)", "AlignProp_00001_")
 
@@ -336,7 +338,7 @@ def test_stop_ends_within_a_denoising_step_and_keeps_the_adapter(server: Server,
     run = client.follow(prompt_id)
     assert run.ended == "execution_interrupted", run.error
     # The bar moves at most every 0.2 s; saving what there is takes its time too.
-    assert run.events[-1].at - asked < max(between) + 1.5
+    assert run.events[-1].at - asked < 3 * statistics.median(between) + 2
     (kept,) = set(loras(server)) - known
     assert "stopped" in kept
     parts = {name: graph()[name] for name in ("pipe", "prompts", "picture")}

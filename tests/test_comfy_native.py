@@ -1,5 +1,6 @@
 """A LoRA made by our nodes on ComfyUI's own models: a miniature of SD 1.5. Run as tests/test_comfy.py is."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import comfy_server
 import numpy as np
 import pytest
-from comfy_server import API, COMFYUI, Client, Server
+from comfy_server import API, COMFYUI, ROOT, Client, Server, as_prompt
 from safetensors.numpy import load_file
 
 pytest.importorskip("aiohttp", reason="comes with ComfyUI's requirements")
@@ -138,3 +139,14 @@ def test_an_adapter_of_another_model_is_refused_with_a_reason(client: Client) ->
     assert run.ended == "execution_error"
     assert "fit" in run.error
     assert "\n" not in run.error.strip()
+
+
+def test_the_example_of_a_normal_graph_runs(client: Client) -> None:
+    workflow = json.loads((ROOT / "example_workflows" / "lora-in-a-normal-graph.json").read_text(encoding="utf-8"))
+    prompt = as_prompt(workflow, client.server.object_info())
+    small = {"ckpt_name": "small.safetensors", "lora_name": LORA, "width": 64, "height": 64, "steps": 2}
+    for part in prompt.values():
+        part["inputs"].update({name: value for name, value in small.items() if name in part["inputs"]})
+    run = client.run(prompt, workflow)
+    assert run.ended == "execution_success", run.error
+    assert [part["class_type"] for name, part in prompt.items() if name in run.outputs] == ["SaveImage"]

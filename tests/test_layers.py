@@ -70,6 +70,7 @@ LAYERS = {
     "adapter_files": 2,
     "privacy": 2.1,
     "licences": 2.4,
+    "card_facts": 3.02,
     "card": 3.03,
     "hub_folder": 3.05,
     "hub": 3.06,

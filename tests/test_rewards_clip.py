@@ -23,6 +23,7 @@ from transformers import (
     SiglipModel,
 )
 
+from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import AlignError, RewardError
 from alignprop_pipe.rewards import ClipScore, check_reward, clip, parse_reward
@@ -341,3 +342,40 @@ def test_the_bundled_scorer_scores_and_has_a_slope():
     images = torch.rand(2, 3, 64, 64)
     prompts = ["one dog on a red background", "two cats on a blue background"]
     check_reward(parse_reward("clip"), images, prompts, {})
+
+
+DRAWN = ["two dogs on a red background", "three foxes on a blue background", "one rocket on a white background"]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Image.Image]:
+    """Pictures that the bundled model makes, 64x64."""
+    noise = [torch.Generator().manual_seed(seed) for seed in range(len(DRAWN))]
+    pipe = AlignPropPipeline.from_pretrained("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(DRAWN, num_inference_steps=6, guidance_scale=1.0, generator=noise).images
+
+
+@pytest.mark.skipif(not BUNDLED.exists(), reason="the bundled scorer has not been trained yet")
+@pytest.mark.parametrize(
+    "size",
+    [
+        (40, 40), (64, 64), (64, 96), (91, 53), (128, 128), (100, 300), (333, 200), (512, 512), (480, 640), (720, 1280),
+        (1280, 720),
+    ],
+)  # fmt: skip
+def test_trained_weights_score_as_after_pils_own_resize(drawn, size):
+    """To 1e-3 of the range of a cosine, which is 2."""
+    height, width = size
+    images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in drawn] + [picture(height, width)]
+    prompts = [*DRAWN, "a dog on a red background"]
+    network, tokenizer = CLIPModel.from_pretrained(BUNDLED, dtype=torch.float32), AutoTokenizer.from_pretrained(BUNDLED)
+    pixels = CLIPImageProcessorPil.from_pretrained(BUNDLED)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        tokens = [tokenizer([prompt], return_tensors="pt") for prompt in prompts]
+        pairs = zip(pixels, tokens, strict=True)
+        out = [network(pixel_values=image[None], **words) for image, words in pairs]
+    expected = torch.cat([(one.image_embeds * one.text_embeds).sum(dim=1) for one in out])
+    got = ClipScore()(tensor(*images), prompts).total
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
+    assert expected.max() - expected.min() > 0.3

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignprop_pipe.bundled import preset_for
-from alignprop_pipe.cli import comfy, console, scores
+from alignprop_pipe.choices import window_from_text
+from alignprop_pipe.cli import comfy, console, exporting, mixing, pushing, scores
 from alignprop_pipe.cli.drawing import Sheet, default_out, draw
 from alignprop_pipe.cli.opening import is_model, open_pipeline, open_reward
 from alignprop_pipe.cli.options import (
@@ -65,7 +66,9 @@ alignprop sample "two dogs on a blue background" --num 4 --seed 7
 
 alignprop sample --adapter runs/my-run --compare    [dim]# base and aligned side by side[/]
 
-alignprop sample MODEL "a fox in the snow" --adapter adapter.safetensors --scale 0.8"""
+alignprop sample MODEL "a fox in the snow" --adapter adapter.safetensors --scale 0.8
+
+alignprop sample --adapter runs/my-run --window 0.0-0.6   [dim]# in the first 60 % of the denoising steps alone[/]"""
 
 
 def _version(wanted: bool) -> bool:
@@ -247,16 +250,24 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
 
 
 def _adapter_file(request: SampleRequest) -> Path | None:
+    if request.window is not None:
+        window_from_text(request.window)  # before the model is loaded
     if request.adapter is None:
-        if request.compare or request.scale is not None:
-            flag = "--compare" if request.compare else "--scale"
+        given = {"--compare": request.compare, "--scale": request.scale is not None, "--window": request.window}
+        if any(given.values()):
+            flag = next(flag for flag, is_given in given.items() if is_given)
             raise typer.BadParameter("an adapter is needed: add --adapter FILE", param_hint=flag)
         return None
     path = request.adapter.expanduser()
     path = path / "adapter.safetensors" if path.is_dir() else path
-    if not path.is_file():
+    if path.is_file():
+        return path
+    from alignprop_pipe.hub import is_hub_id, local
+
+    if not is_hub_id(request.adapter):
         raise typer.BadParameter(f"there is no file {str(path)!r}", param_hint="--adapter")
-    return path
+    local(request.adapter)  # before the model is loaded, since it may not be there
+    return request.adapter
 
 
 def _default_prompts(model: str, seed: int) -> list[str]:
@@ -270,9 +281,21 @@ def _default_prompts(model: str, seed: int) -> list[str]:
     return PromptSet.load(BUNDLED).batch(seed, 0, 8).prompts
 
 
+# --- push ------------------------------------------------------------------------------------------------------------
+
+app.command(epilog=pushing.PUSH_EXAMPLES)(pushing.push)
+
+
 # --- score -----------------------------------------------------------------------------------------------------------
 
 app.command(epilog=scores.SCORE_EXAMPLES)(scores.score)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+app.command(epilog=exporting.EXPORT_EXAMPLES)(exporting.export)
+app.command(epilog=exporting.INSPECT_EXAMPLES)(exporting.inspect)
+app.command(epilog=mixing.MIX_EXAMPLES)(mixing.mix)
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------

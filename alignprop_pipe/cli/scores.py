@@ -17,7 +17,7 @@ from alignprop_pipe.files import write_whole
 
 if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward
-    from alignprop_pipe.rewards.registry import RewardEntry
+    from alignprop_pipe.rewards.entries import RewardEntry
     from alignprop_pipe.scoring import Found, Scored, Skipped, Task, Trial
 
 SCORE_EXAMPLES = """[bold]Examples[/]
