@@ -241,7 +241,7 @@ function setUpText(node) {
   box.placeholder = "the result stands here after a run";
   const widget = node.addDOMWidget("result", "alignprop_text", box, {
     serialize: false,
-    getMinHeight: () => 70,
+    getMinHeight: () => 110,
     getValue: () => box.value,
     setValue: (text) => (box.value = text ?? ""),
   });
