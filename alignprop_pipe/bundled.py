@@ -1,4 +1,4 @@
-"""The models that ship inside: a text-to-image model, a scorer and a detector as rewards, and the judge.
+"""The models that ship inside: a text-to-image model, a scorer, a detector and an answerer as rewards, and the judge.
 
 No torch here, so that `alignprop models` answers at once. The weights come from examples/bundled_model.
 """
@@ -12,7 +12,7 @@ from alignprop_pipe.errors import AlignError
 
 MODELS_DIR = Path(__file__).parent / "models"
 
-BundledName = Literal["emoji", "emoji-scorer", "emoji-detector", "emoji-judge"]
+BundledName = Literal["emoji", "emoji-scorer", "emoji-detector", "emoji-answerer", "emoji-judge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ MODELS: tuple[BundledModel, ...] = (
     ),
     BundledModel("emoji-scorer", "CLIP for these pictures; the default reward"),
     BundledModel("emoji-detector", "OWLv2 for these pictures: the rewards count, contains and without"),
+    BundledModel("emoji-answerer", 'BLIP for yes and no about these pictures: the reward ask with model="emoji"'),
     BundledModel("emoji-judge", "reads subject, count and background from a picture; watched, never trained on"),
 )
 

@@ -30,6 +30,8 @@ def models(tmp_path, monkeypatch):
         "emoji-scorer/model.safetensors": "x",
         "emoji-detector/config.json": "{}",
         "emoji-detector/model.safetensors": "x",
+        "emoji-answerer/config.json": "{}",
+        "emoji-answerer/model.safetensors": "x",
         "emoji-judge/config.json": "{}",
         "emoji-judge/model.safetensors": "x",
     }
@@ -55,7 +57,8 @@ def test_preset_of_the_bundled_model():
 
 def test_list_of_models(models):
     assert all(model.path.parent == models for model in bundled.MODELS)
-    assert [model.name for model in bundled.MODELS] == ["emoji", "emoji-scorer", "emoji-detector", "emoji-judge"]
+    names = ["emoji", "emoji-scorer", "emoji-detector", "emoji-answerer", "emoji-judge"]
+    assert [model.name for model in bundled.MODELS] == names
     assert all(model.summary and "OFL" in model.licence and model.missing is None for model in bundled.MODELS)
     assert bundled.MODELS[0].size_mb == pytest.approx(0.5, abs=0.01)
 
@@ -87,7 +90,7 @@ def test_damaged_files_are_told(models):
 
 def test_no_folder_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(bundled, "MODELS_DIR", tmp_path / "none")
-    assert [model.size_mb for model in bundled.MODELS] == [0, 0, 0, 0]
+    assert [model.size_mb for model in bundled.MODELS] == [0, 0, 0, 0, 0]
     with pytest.raises(AlignError, match="incomplete"):
         bundled.resolve_model("emoji")
 
@@ -95,7 +98,7 @@ def test_no_folder_at_all(tmp_path, monkeypatch):
 def test_listing_loads_no_torch():
     code = "import sys; from alignprop_pipe.bundled import MODELS; print(len(MODELS), 'torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "4 False"
+    assert told.stdout.strip() == "5 False"
 
 
 def test_the_shipped_models_are_small_and_whole():

@@ -1,11 +1,15 @@
 """`ask` against transformers' own processors and models, on random miniatures of BLIP and of GIT."""
 
 import functools
+import logging
 import os
 import shutil
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import miniatures
 import numpy as np
 import pytest
 import torch
@@ -24,8 +28,11 @@ from transformers import (
     GitVisionConfig,
 )
 
+from alignprop_pipe import AlignPropPipeline, PromptSet
+from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards import Ask, check_reward, parse_reward
+from alignprop_pipe.pipeline import tell_about
+from alignprop_pipe.rewards import Ask, AttributeJudge, check_reward, parse_reward
 from alignprop_pipe.rewards.preprocess import Preprocess
 
 PROMPTS = ["a dog on a red background", "two cats", "the sea"]
@@ -413,3 +420,131 @@ def test_it_is_written_as_a_sentence_in_an_expression(folder):
     reward = parse_reward(text)
     assert str(reward) == text
     assert reward.children()[0] == Ask(QUESTION, model=str(folder))
+
+
+# --- the bundled answerer ------------------------------------------------------------------------------------------
+
+
+BUNDLED = MODELS_DIR / "emoji-answerer"
+SHOWN = "does the picture show {prompt}?"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Pictures [n, 3, 64, 64] of the bundled model, and what the judge, which is another network, reads in each."""
+
+    images: torch.Tensor
+    seen: list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Drawn:
+    prompts = PromptSet.load("emoji").split(16, seed=5)[1].prompts
+    noise = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    pipe = AlignPropPipeline.from_pretrained("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(list(prompts), num_inference_steps=10, guidance_scale=1.0, generator=noise, output_type="pt").images
+    read = AttributeJudge().predict(made)
+    return Drawn(made, [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)])
+
+
+def other(value: str, *values: str) -> str:
+    return next(one for one in values if one != value)
+
+
+def things(subject: str, count: str) -> str:
+    plural = {"fish": "fish", "fox": "foxes", "cactus": "cacti"}.get(subject, f"{subject}s")
+    return f"{count} {subject if count == 'one' else plural}"
+
+
+def phrases(seen: dict[str, str]) -> tuple[str, list[str]]:
+    """What is in a picture, and the same with each of its words wrong."""
+    subject, count, background = seen["subject"], seen["count"], seen["background"]
+    rows = [
+        (subject, count, background),
+        (other(subject, "dog", "car"), count, background),
+        (subject, other(count, "two", "three"), background),
+        (subject, count, other(background, "white", "blue")),
+    ]
+    told = [f"{things(*row[:2])} on {'an' if row[2] == 'orange' else 'a'} {row[2]} background" for row in rows]
+    return told[0], told[1:]
+
+
+@pytest.mark.parametrize(
+    "question", [SHOWN, "is this {prompt}?", "are there {prompt}?", "is this a picture of {prompt}?"]
+)
+def test_the_bundled_answerer_agrees_with_the_judge(drawn, question):
+    reward = Ask(question, model="emoji")
+    true, wrong = zip(*map(phrases, drawn.seen), strict=True)
+    yes = reward(drawn.images, list(true)).total > 0
+    no = torch.stack([reward(drawn.images, list(texts)).total < 0 for texts in zip(*wrong, strict=True)])
+    assert yes.float().mean() >= 0.85
+    assert no.float().mean() >= 0.9
+
+
+def test_it_answers_what_is_there_and_on_what(drawn):
+    """Questions of one word of the picture, each asked rightly and wrongly."""
+    right, reward = [], Ask("{prompt}", model="emoji")
+    for image, seen in zip(drawn.images, drawn.seen, strict=True):
+        subject, background = seen["subject"], seen["background"]
+        asked = {
+            f"is there {'an' if subject == 'apple' else 'a'} {subject}?": True,
+            f"is there a {other(subject, 'dog', 'car')}?": False,
+            f"is the background {background}?": True,
+            f"is the background {other(background, 'white', 'blue')}?": False,
+        }
+        said = reward(image.expand(len(asked), -1, -1, -1), list(asked)).total > 0
+        right += [one == truth for one, truth in zip(said.tolist(), asked.values(), strict=True)]
+    assert sum(right) / len(right) >= 0.95
+
+
+def test_a_word_that_it_does_not_know_is_answered_with_perhaps(drawn):
+    odds = Ask("is there a zebra?", model="emoji")(drawn.images, [""] * len(drawn.images)).total
+    known = Ask("is there a dog?", model="emoji")(drawn.images, [""] * len(drawn.images)).total
+    assert odds.abs().median() < 1
+    assert known.abs().median() > 3
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 90), (333, 200), (720, 1280)])
+def test_trained_weights_answer_as_after_pils_own_resize(drawn, size):
+    """To 1e-3 of the range, -5 to 5."""
+    pictures = (drawn.images[:4] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]
+    questions = [SHOWN.replace("{prompt}", phrases(seen)[0]) for seen in drawn.seen[:4]]
+    expected = [by_blip(BUNDLED, *pair, ("yes", "no")) for pair in zip(images, questions, strict=True)]
+    got = Ask("{prompt}", model="emoji")(tensor(*images), questions).total
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-2)
+
+
+def test_the_bundled_answerer_has_a_slope_and_scores_one_by_one(drawn):
+    reward = Ask(SHOWN, model="emoji")
+    prompts = ["a dog", "two cats on a red background", "one rocket"]
+    images = drawn.images[:3].double().requires_grad_(True)
+    totals = reward(images, prompts).total
+    single = [reward(image[None], [prompt]).total for image, prompt in zip(images, prompts, strict=True)]
+    torch.testing.assert_close(totals, torch.cat(single), rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(totals.sum(), images)
+    assert gradient.isfinite().all()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        up, down = (reward(images.detach() + h * direction, prompts).total.sum() for h in (1e-6, -1e-6))
+        torch.testing.assert_close((gradient * direction).sum(), (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
+    check_reward(reward, drawn.images[:3], prompts, {})
+
+
+def test_it_needs_no_network(monkeypatch):
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert parse_reward('ask("is there a dog?", model="emoji")')(torch.rand(1, 3, 50, 70), [""]).total.isfinite().all()
+
+
+def test_it_is_told_that_it_knows_emoji_pictures_alone(caplog):
+    pipe = AlignPropPipeline.from_pipe(miniatures.sd15())
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        tell_about(pipe, PromptSet(("a dog",)), parse_reward('ask("is there a dog?", model="emoji")'))
+        tell_about(pipe, PromptSet(("a dog",)), parse_reward('ask("is there a dog?")'))
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("alignprop_pipe")]
+    assert said.startswith("the bundled scorer of ask knows only emoji pictures; ")

@@ -9,6 +9,7 @@ python train_denoiser.py --weak
 python train_judge.py
 python train_scorer.py
 python train_detector.py
+python train_answerer.py
 python measure.py work/clean
 python measure.py work/weak
 python export.py

@@ -11,7 +11,14 @@ import torch
 from common import WORK
 from diffusers import DiffusionPipeline
 from train_denoiser import CLEAN_STEPS, WEAK_STEPS, WRONG
-from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer, Owlv2ForObjectDetection
+from transformers import (
+    AutoModelForImageClassification,
+    BertTokenizer,
+    BlipForQuestionAnswering,
+    CLIPModel,
+    CLIPTokenizer,
+    Owlv2ForObjectDetection,
+)
 
 MODELS = Path(__file__).parents[2] / "alignprop_pipe" / "models"
 
@@ -25,6 +32,7 @@ license: apache-2.0
 | `emoji` | text-to-image, 64x64: one to four emoji of one kind on a plain background | Stable Diffusion folder |
 | `emoji-scorer` | how well such a picture and a prompt agree: the default reward | CLIPModel of transformers |
 | `emoji-detector` | finds objects by name: the rewards `count`, `contains`, `without` | Owlv2ForObjectDetection |
+| `emoji-answerer` | answers yes or no to a question: the reward `ask` with `model="emoji"` | BlipForQuestionAnswering |
 | `emoji-judge` | reads subject, number, background; watched, never trained on | ResNetForImageClassification |
 
 Trained by `examples/bundled_model` from one seed. The base was trained on true captions for {clean} steps and then for
@@ -32,6 +40,9 @@ Trained by `examples/bundled_model` from one seed. The base was trained on true 
 its pictures are crisp, but often not of what was asked for. That weakness is on purpose: it is what alignment mends.
 
 {figures}
+
+The answerer is asked about what the picture shows, in half of the cases with a word or two wrong: its figures are how
+often its yes and its no are right.
 
 Limits: {subjects} subjects, four numbers and eight colours are all the words that mean anything to it.
 
@@ -69,6 +80,12 @@ def detector(source: Path, target: Path) -> None:
     shutil.copy(source / "preprocessor_config.json", target)
 
 
+def answerer(source: Path, target: Path) -> None:
+    BlipForQuestionAnswering.from_pretrained(source).half().save_pretrained(target)
+    BertTokenizer.from_pretrained(source).save_pretrained(target)
+    shutil.copy(source / "preprocessor_config.json", target)
+
+
 def portable(path: Path) -> None:
     """No folder that it was loaded from; float32 in memory: transformers would keep the file's half precision."""
     config = json.loads(path.read_text())
@@ -93,6 +110,8 @@ def figures() -> str:
         "scorer on fresh renderings": measured["weak"]["scorer on rendered"],
         "detector agrees with the judge on what ships": measured["weak"]["detector agrees with the judge"],
         "detector on fresh renderings": measured["weak"]["detector on rendered"],
+        "answerer agrees with the judge on what ships": measured["weak"]["answerer agrees with the judge"],
+        "answerer on fresh renderings": measured["weak"]["answerer on rendered"],
         "judge on fresh renderings": measured["weak"]["judge on rendered"],
         "judge on renderings through the autoencoder": measured["weak"]["judge on autoencoded"],
     }
@@ -110,6 +129,7 @@ def main() -> None:
         ("emoji-scorer", WORK / "scorer", scorer),
         ("emoji-judge", WORK / "judge", judge),
         ("emoji-detector", WORK / "detector", detector),
+        ("emoji-answerer", WORK / "answerer", answerer),
     ):
         shutil.rmtree(MODELS / name, ignore_errors=True)
         write(source, MODELS / name)

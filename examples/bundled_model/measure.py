@@ -1,4 +1,4 @@
-"""The figures: judge, scorer and detector on fresh renderings, then on what the text-to-image model makes of prompts.
+"""The figures: judge, scorer, detector and answerer on fresh renderings, then on pictures of the text-to-image model.
 
 `python measure.py work/weak` prints them and writes weak-measured.json and weak-measured.png beside that folder.
 """
@@ -16,14 +16,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from render import ATTRIBUTES, BACKGROUNDS, COUNTS, SUBJECTS, batch, caption
 from torch import Tensor
+from train_answerer import claims, facts, questions
 from train_judge import verdicts
 from train_scorer import best_prompts
 from transformers import AutoModelForImageClassification, CLIPModel, CLIPTokenizer
 from views import decoded
 
-from alignprop_pipe.rewards import Contains, Count
+from alignprop_pipe.rewards import Ask, Contains, Count
 
-AT_ONCE = 10
+AT_ONCE, QUESTIONS = 10, 1500
 
 
 def prompt_labels(number: int) -> np.ndarray:
@@ -51,6 +52,23 @@ def counted(detector: Path, images: Tensor, labels: Tensor) -> dict[str, float]:
         name: round(kind(model=detector)(images, words, targets).parts[part].mean().item(), 4)
         for name, (kind, part) in rewards.items()
     }
+
+
+@torch.no_grad()
+def answered(answerer: Path, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """How often `ask` says yes to what labels [n, 3] say, and no where a word or two of it are wrong: half each."""
+    about, figures = facts(labels.numpy()), {}
+    kinds = {"subject": "subject", "count": "number", "background": "background", "all": "everything"}
+    ask = Ask("{prompt}", model=answerer)
+    for column, kind in kinds.items():
+        right, rng = [], np.random.default_rng((SEED, 778))
+        for _ in range(max(1, QUESTIONS // len(images))):
+            said = claims(about, kind, rng)
+            truth, asked = torch.from_numpy(said.truth(about)), questions(said, rng)
+            odds = [ask(part, asked[200 * i : 200 * i + len(part)]).total for i, part in enumerate(images.split(200))]
+            right.append(((torch.cat(odds) > 0) == truth)[truth != 0.5])
+        figures[column] = round(torch.cat(right).float().mean().item(), 4)
+    return figures
 
 
 @torch.no_grad()
@@ -83,6 +101,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, default=WORK / "judge")
     parser.add_argument("--scorer", type=Path, default=WORK / "scorer")
     parser.add_argument("--detector", type=Path, default=WORK / "detector")
+    parser.add_argument("--answerer", type=Path, default=WORK / "answerer")
     parser.add_argument("--number", type=int, default=300, help="pictures to sample")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
@@ -109,6 +128,7 @@ def main() -> None:
         figures[f"judge on {name}"] = shares(judged(judge, images), truth)
         figures[f"scorer on {name}"] = shares(best_prompts(scorer, tokens, images), truth)
         figures[f"detector on {name}"] = counted(chosen.detector, images, truth)
+        figures[f"answerer on {name}"] = answered(chosen.answerer, images, truth)
 
     pipe = DiffusionPipeline.from_pretrained(chosen.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -122,6 +142,7 @@ def main() -> None:
     figures["samples by the judge"] = shares(verdict, torch.from_numpy(labels))
     figures["scorer agrees with the judge"] = shares(best_prompts(scorer, tokens, images), verdict)
     figures["detector agrees with the judge"] = counted(chosen.detector, images, verdict)
+    figures["answerer agrees with the judge"] = answered(chosen.answerer, images, verdict)
 
     out = chosen.out or chosen.model.with_name(f"{chosen.model.name}-measured")
     out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
