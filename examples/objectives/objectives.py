@@ -59,13 +59,18 @@ FILE_SIZE = {"jpeg_kb": "JPEG file, kB"}
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A reward, what is meant by it, and the measures that say whether it was reached: name -> words."""
+    """A reward, what is meant by it, and the measures that say whether it was reached: name -> words.
+
+    `steps` and `held_out` are `STEPS` and `HELD_OUT` where they are not given.
+    """
 
     reward: str
     meant: str
     measures: dict[str, str]
     prompts: Any = "emoji"
     watched: tuple[str, ...] = field(default=WATCHED)
+    steps: int | None = None
+    held_out: int | None = None
 
 
 OBJECTIVES = {
@@ -77,7 +82,8 @@ OBJECTIVES = {
     ),
     "compressibility": Objective("jpeg", "pictures that make small files", FILE_SIZE | RIGHT),
     "incompressibility": Objective("-jpeg", "pictures full of detail, which make large files", FILE_SIZE | RIGHT),
-    "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT),
+    # The number is what moves slowest: it takes more steps, and more pictures to see it.
+    "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT, steps=50, held_out=100),
     "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
     "removal": Objective(
         'without("dog")',
@@ -105,7 +111,8 @@ def trained(name: str, seed: int) -> AlignResult:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
         objective.reward, objective.prompts, AlignConfig.preset("emoji"),
-        steps=STEPS, seed=seed, eval_prompts=HELD_OUT, judges=objective.watched,
+        steps=objective.steps or STEPS, eval_prompts=objective.held_out or HELD_OUT, seed=seed,
+        judges=objective.watched,
     )  # fmt: skip
     ADAPTERS.mkdir(exist_ok=True)
     pipe.save_adapter(adapter_file(name, seed), format="diffusers")
@@ -153,13 +160,12 @@ One command each, for example
 
 ```bash
 python examples/objectives/objectives.py count
-alignprop train --reward count --steps {steps}     # the same on the command line
+alignprop train --reward count --steps 50     # the same on the command line
 ```
 
-{steps} steps of twelve pictures; {held_out} held-out prompts with the same noise before and after; seeds {seeds}.
-This page is written by the script from results.json. A run took {low} to {high} seconds on one
-core of two, with another beside it. Where the judge falls, the reward was followed too far: it says nothing of what the
-picture shows.
+{steps} steps of twelve pictures and {held_out} held-out prompts with the same noise before and after (`count`: 50 steps
+and 100 prompts); seeds {seeds}. This page is written by the script from results.json. A run took {low} to {high}
+seconds on two cores. Where the judge falls, the reward was followed too far: it says nothing of what the picture shows.
 """
 
 
