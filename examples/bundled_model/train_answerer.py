@@ -227,7 +227,7 @@ def answer_loss(network: BlipForQuestionAnswering, tokens: BertTokenizer, seen: 
                 truth: np.ndarray) -> Tensor:  # fmt: skip
     """Cross-entropy of yes or no, where perhaps is half of each, and of ending after either."""
     ids = tokens(asked, return_tensors="pt").input_ids
-    yes, no = tokens.convert_tokens_to_ids(["yes", "no"])
+    yes, no = (tokens.convert_tokens_to_ids(word) for word in ("yes", "no"))
     wanted = torch.from_numpy(truth).float() * (2 * SURE - 1) + 1 - SURE
     answers = torch.where(wanted > 0.5, yes, no)
     chances = log_chances(network, seen, ids, answers)
@@ -250,7 +250,7 @@ def helping_loss(heads: nn.ModuleDict, seen: Tensor, about: Scenes) -> Tensor:
 def log_odds(network: BlipForQuestionAnswering, tokens: BertTokenizer, images: Tensor, asked: list[str]) -> Tensor:
     """Of yes to no, float [n]; images in [0, 1]; all questions of one length."""
     ids = tokens(asked, return_tensors="pt").input_ids
-    yes, no = tokens.convert_tokens_to_ids(["yes", "no"])
+    yes, no = (tokens.convert_tokens_to_ids(word) for word in ("yes", "no"))
     odds = []
     for part, words in zip(images.split(200), ids.split(200), strict=True):
         seen = network.vision_model(pixel_values=part * 2 - 1).last_hidden_state

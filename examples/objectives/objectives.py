@@ -83,7 +83,7 @@ OBJECTIVES = {
     "compressibility": Objective("jpeg", "pictures that make small files", FILE_SIZE | RIGHT),
     "incompressibility": Objective("-jpeg", "pictures full of detail, which make large files", FILE_SIZE | RIGHT),
     # The number is what moves slowest: it takes more steps, and more pictures to see it.
-    "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT, steps=50, held_out=100),
+    "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT, steps=40, held_out=100),
     "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
     "removal": Objective(
         'without("dog")',
@@ -160,10 +160,10 @@ One command each, for example
 
 ```bash
 python examples/objectives/objectives.py count
-alignprop train --reward count --steps 50     # the same on the command line
+alignprop train --reward count --steps 40     # the same on the command line
 ```
 
-{steps} steps of twelve pictures and {held_out} held-out prompts with the same noise before and after (`count`: 50 steps
+{steps} steps of twelve pictures and {held_out} held-out prompts with the same noise before and after (`count`: 40 steps
 and 100 prompts); seeds {seeds}. This page is written by the script from results.json. A run took {low} to {high}
 seconds on two cores. Where the judge falls, the reward was followed too far: it says nothing of what the picture shows.
 """
