@@ -4,9 +4,12 @@ A file that comes in is data that may lie. What its header claims is checked aga
 allocated, and the data is read once, so that it cannot change between check and use.
 """
 
+import hashlib
 import json
 import os
+import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -28,6 +31,8 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes an element takes, by the names of number formats in safetensors."""
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+CHECKSUM = "alignprop.checksum"
+"""In the header of our files: what they hold, and the numbers, so that a damaged file is told from a whole one."""
 
 
 def serialised(tensors: Mapping[str, Tensor], header: Mapping[str, str], dtype: torch.dtype | None) -> bytes:
@@ -43,13 +48,36 @@ def serialised(tensors: Mapping[str, Tensor], header: Mapping[str, str], dtype: 
         if bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{key} does not fit into {dtype}, so that nothing was saved; use bfloat16 or float32")
         raise AdapterError(f"{key} holds NaN or infinity, so that nothing was saved; train with a lower lr")
-    content = save(ready, dict(header))
+    content = save(ready, {**header, CHECKSUM: checksum(ready)})
     start = 8 + struct.unpack("<Q", content[:8])[0]
     described = json.loads(content[8:start])
     described["__metadata__"] = dict(sorted(described["__metadata__"].items()))
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + content[start:]
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """`DESCRIPTION:NUMBERS`, two SHA-256: of names, number formats and shapes, and of the bytes, in order of the names.
+
+    A program that casts or renames the tensors and keeps the header changes the first, and then nothing can be said.
+    """
+    described, numbers = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        described.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        numbers.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{described.hexdigest()}:{numbers.hexdigest()}"
+
+
+def _check_whole(tensors: Mapping[str, Tensor], header: Mapping[str, str], name: str) -> None:
+    described, _, numbers = header.get(CHECKSUM, "").partition(":")
+    found, _, now = checksum(tensors).partition(":") if numbers else ("", "", "")
+    if numbers and found == described and now != numbers:
+        raise AdapterError(
+            f"{name} is damaged: its numbers are not those that were saved (the checksum differs); copy or download it "
+            "again"
+        )
 
 
 def located(path: str | Path) -> Path:
@@ -86,6 +114,7 @@ def read_file(
             f"{source.name} cannot be read as safetensors ({error}): it is cut off, damaged or of another kind; "
             "copy or download it again"
         ) from error
+    _check_whole(tensors, header, source.name)
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())] if finite else []
     if broken:
         raise AdapterError(f"{source.name} holds NaN or infinity, first in {broken[0]!r}: it was saved by a failed run")
@@ -99,8 +128,8 @@ def _read(source: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str
             if not allow_pickle:
                 raise AdapterError(
                     f"{source.name} is a pickle, which can run any program when it is read, and is not opened: ask "
-                    "for a .safetensors file, or allow it (allow_pickle=True, --allow-pickle): torch then reads "
-                    "weights from it and runs nothing"
+                    "for a .safetensors file, or make one of it with Adapter.load(..., allow_pickle=True).save(...) or "
+                    "'alignprop export --allow-pickle': torch then reads weights from it and runs nothing"
                 )
             return _read_pickle(file, source.name), {}
         text = _header_text(file, start, size)
@@ -112,7 +141,7 @@ def _read(source: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str
     if len(content) != size or not content.startswith(start + text):
         raise ValueError("it changed while it was read")
     tensors = load(content)
-    return {key: _usable(tensor) for key, tensor in tensors.items()}, header
+    return {key: _usable(tensors[key]) for key in described}, header  # the library's own order changes with each call
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -216,19 +245,28 @@ def _read_pickle(file: BinaryIO, called: str) -> dict[str, Tensor]:
     file.seek(0)
     try:
         _check_zip(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle that it refuses or reads right after
+            found = torch.load(file, map_location="cpu", weights_only=True)
         found = found.get("state_dict", found) if isinstance(found, dict) else found
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise ValueError(f"it holds a {type(found).__name__} where named tensors are needed")
         _check_tensors(found, size)
     except Exception as error:  # an unpickler may fail in any way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = _reason_of_torch(error)
         raise AdapterError(
             f"{called} is a pickle that holds more than weights, or is damaged, and was not read ({reason}); ask for "
             "a .safetensors file"
         ) from error
     _check_is_lora(found, called)
     return {key: _usable(tensor.detach().clone()) for key, tensor in found.items()}
+
+
+def _reason_of_torch(error: Exception) -> str:
+    """Why, without torch's advice to read the pickle as a program."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "torch finds other things in it than weights"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_zip(file: BinaryIO) -> None:

@@ -34,7 +34,7 @@ def model_card(facts: Facts) -> ModelCard:
 
 
 def warning_sentences(facts: Facts) -> list[str]:
-    """What a visitor should know before the numbers: every held-out score that fell by more than its standard error."""
+    """What a visitor should know before the numbers: every held-out score that fell by its standard error or more."""
     if not facts.changes:
         return ["Nothing was measured on held-out prompts: there is no evidence that this adapter improves pictures."]
     found = []
@@ -302,7 +302,8 @@ def _example(facts: Facts) -> str:
 
 def _fell(change: Change, errors: int = 1) -> bool:
     spread = change.standard_error if math.isfinite(change.standard_error) else 0.0
-    return change.difference < -errors * spread
+    # Of a score that is 0 or 1, one picture of any number is a change of exactly one standard error, but for rounding.
+    return change.difference < 0 and change.difference <= -errors * spread * (1 - 1e-6)
 
 
 def _numbers(change: Change) -> str:

@@ -225,8 +225,30 @@ def refusal_of_diffusers(base_class: str, tensors: dict[str, Tensor]) -> str:
     except Exception as error:  # converters fail in any way on keys that they do not expect
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"its converter does not take these names and shapes ({reason})"
-    strange = [key for key in (state[0] if isinstance(state, tuple) else state) if "lora" not in key]
-    return f"it takes no {strange[0]!r} beside its own names" if strange else ""
+    state, alphas = state if isinstance(state, tuple) else (state, None)
+    strange = [key for key in state if "lora" not in key]
+    return f"it takes no {strange[0]!r} beside its own names" if strange else _lost_alphas(alphas or {})
+
+
+def _lost_alphas(alphas: Mapping[str, Any]) -> str:
+    """Whether diffusers would apply layers at another strength, and why.
+
+    It hands PEFT the alphas by names that PEFT finds no layer for (`….processor.to_q_lora…`, `text_model.…`), so that
+    all layers get the most frequent one. Shown with 0.42.1, whose only word of it is a warning of PEFT's.
+    """
+    found: dict[str, set[float]] = {}
+    for key, alpha in alphas.items():
+        component = key.split(".")[0]
+        if "_lora." in key or is_text(component):
+            found.setdefault(component, set()).add(float(alpha))
+    for component, several in found.items():
+        if len(several) > 1:
+            listed = ", ".join(f"{alpha:g}" for alpha in sorted(several)[:4]) + ", …" * (len(several) > 4)
+            return (
+                f"it would apply it at a wrong strength: of the several alphas in {component} ({listed}) it takes the "
+                "most frequent for all layers; export it with --to diffusers"
+            )
+    return ""
 
 
 def pipeline_class(name: str) -> Any:

@@ -24,7 +24,8 @@ from alignprop_pipe.adapter_keys import (
     problem_of,
     said_of_unknown,
 )
-from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.choices import window_from_text
+from alignprop_pipe.errors import AdapterError, ConfigError
 from alignprop_pipe.export_header import Base
 from alignprop_pipe.export_keys import layers_alone, refusal_of_diffusers
 from alignprop_pipe.factors import Factors, Layers
@@ -208,6 +209,7 @@ def _problems(
     if unreadable:
         yield f"this package does not load it: {unreadable}"
     yield from _alphas(in_file, header)
+    yield from _window(header)
     dropped = unknown_to_comfyui(family, list(in_file.layers)) or []
     if 0 < len(dropped) < len(in_file.layers):
         yield (
@@ -247,6 +249,15 @@ def _alphas(in_file: FileLayers, header: Mapping[str, str]) -> Iterator[str]:
         yield f"{len(without)} layers have no alpha, the first {without[0]}: programs take them at full strength"
     if not any("alpha" in parts for parts in in_file.layers.values()) and _scales(header):
         yield "alpha stands in the header alone, which only diffusers reads: other programs apply another strength"
+
+
+def _window(header: Mapping[str, str]) -> Iterator[str]:
+    text = header.get("alignprop.window", "")
+    try:
+        if text:
+            window_from_text(text)
+    except ConfigError as error:
+        yield f"its window is damaged, so that this package does not load it without another: {error}"
 
 
 def _scales(header: Mapping[str, str]) -> bool:

@@ -210,6 +210,11 @@ def test_nothing_in_a_prompt_is_markup() -> None:
         ({"pickscore.part": Change(1.0, 0.5, -0.5, 0.2)}, "`pickscore.part`"),
         ({"aesthetic": Change(5.0, 4.0, -1.0, 0.2)}, ""),
         ({"reward": Change(5.0, 4.0, -1.0, 0.2)}, "The trained reward itself fell"),
+        (
+            {"pickscore": Change(0.5, 0.375, -0.125, 0.12500000000000003)},
+            "`pickscore`, which was never trained on, fell",
+        ),
+        ({"pickscore": Change(0.5, 0.5, 0.0, 0.0)}, ""),
     ],
 )
 def test_a_score_that_fell_is_said_at_the_top(changed: dict[str, Change], said: str) -> None:

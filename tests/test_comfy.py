@@ -416,6 +416,23 @@ def test_a_reward_that_loses_its_gradient_is_told(client: Client, tmp_path: Path
     assert "gradient" in run.error
 
 
+@pytest.mark.usefixtures("fine_afterwards")
+def test_out_of_memory_is_told_with_what_to_change(client: Client, tmp_path: Path) -> None:
+    source = """import torch
+def score(images, prompts):
+    if len(images) > 2:  # the dry call before the training has two
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    return images.mean(dim=(1, 2, 3))
+"""
+    (tmp_path / "large.py").write_text(source, encoding="utf-8")
+    prompt = graph(batch_size=3)
+    prompt["reward"] = node("AlignPropRewardText", expression=f"{tmp_path / 'large.py'}:score")
+    run = client.run(prompt)
+    assert run.ended == "execution_error"
+    assert "batch_size 1" in run.error
+    assert run.of("execution_error")[0]["exception_type"].endswith("OutOfMemoryError")
+
+
 def test_a_refused_value_names_its_widget(client: Client) -> None:
     for name, value in {"truncation": "lsat:5", "steps": 0}.items():
         with pytest.raises(Refused, match=rf'"details": "{name}'):

@@ -426,6 +426,25 @@ def test_a_flipped_bit_is_an_error_or_a_value(
 CONTENT = adapter_files.serialised(Adapter.of(trained(fresh())), {}, None)
 
 
+@given(place=st.integers(0, len(CONTENT) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_the_numbers_is_always_told(
+    place: int, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(CONTENT)
+    data = 8 + int.from_bytes(content[:8], "little")
+    content[data + place % (len(content) - data)] ^= 1 << bit
+    file = tmp_path_factory.mktemp("damaged") / "adapter.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(AdapterError, match="damaged"):
+        Adapter.load(file)
+
+
+def test_a_program_that_casts_and_keeps_the_header_is_no_damage(adapter: Path, tmp_path: Path) -> None:
+    halves = {key: tensor.half() for key, tensor in load_file(adapter).items()}
+    save_file(halves, tmp_path / "half.safetensors", read_metadata(adapter))
+    assert Adapter.load(tmp_path / "half.safetensors").layers.keys() == {"unet"}
+
+
 def test_a_failure_while_loading_leaves_the_base(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing known can fail after the checks; running out of memory can."""
 

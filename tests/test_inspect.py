@@ -153,6 +153,23 @@ def test_stock_pipelines_agree_about_what_diffusers_loads(family: str, tmp_path:
         assert loaded == (not extra)
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("several", [False, True])
+def test_alphas_that_stock_diffusers_would_take_for_others(several: bool, tmp_path: Path) -> None:
+    """The change that its pipeline applies, by the matrices that it holds then."""
+    from miniatures import FAMILIES
+
+    layers = made("sd15").layers["unet"]
+    layers = {p: dataclasses.replace(f, alpha=2.0 + several * (n % 2)) for n, (p, f) in enumerate(layers.items())}
+    found = inspected(Adapter({"unet": layers}, made("sd15").base), "kohya", tmp_path)
+    pipe = FAMILIES["sd15"].make()
+    pipe.load_lora_weights(str(tmp_path / "kohya.safetensors"))
+    scales = {path: pipe.unet.get_submodule(path).scaling["default_0"] for path in layers}
+    is_right = all(scales[path] == pytest.approx(f.alpha / f.rank) for path, f in layers.items())
+    assert loads(found)["diffusers"] == is_right == (not several)
+    assert ("(2, 3)" in found.programs[0].reason) == several
+
+
 def test_an_unknown_model_is_called_so(tmp_path: Path) -> None:
     tensors = {"transformer.new.lora_A.weight": torch.ones(1, 2), "transformer.new.lora_B.weight": torch.ones(2, 1)}
     found = of_tensors(tensors, tmp_path)
@@ -236,6 +253,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "alpha in the header": (
         HALF, {"lora_adapter_metadata": '{"unet.r": 1, "unet.lora_alpha": 4}'}, "stands in the header",
     ),
+    "window": (GOOD, {"alignprop.window": "0.9-0.1"}, "its window is damaged"),
     "not a layer of a UNet": (
         {**HALF, "unet.extra.lora_A.weight": torch.ones(1, 4), "unet.extra.lora_B.weight": torch.ones(4, 1)}, {},
         "this package does not load it: 'extra' is no layer of a UNet",
