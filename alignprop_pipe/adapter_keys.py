@@ -13,6 +13,8 @@ from torch import Tensor
 
 MOST_RANK = 8192
 """More than any layer in use has inputs or outputs; a matrix of such a rank says nothing that a full one would not."""
+MOST_ALPHA = 1e6
+"""A file with more was damaged, or made to drown the model."""
 
 _KEY = re.compile(
     r"(?P<layer>.+?)"
@@ -125,6 +127,8 @@ def problem_of(parts: Mapping[str, Tensor]) -> str:
         return f"has rank {rank}, and no layer in use takes more than {MOST_RANK}"
     if "alpha" in parts and parts["alpha"].numel() != 1:
         return f"has an alpha of shape {tuple(parts['alpha'].shape)}, where one number is needed"
+    if "alpha" in parts and abs(float(parts["alpha"])) > MOST_ALPHA:
+        return f"has alpha {float(parts['alpha']):g}, and none in use is beyond {MOST_ALPHA:g}"
     return ""
 
 

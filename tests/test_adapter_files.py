@@ -92,6 +92,7 @@ LIES = {
     "half a pair": (save({DOWN: torch.ones(2, 4)}), "only down of its two matrices"),
     "NaN": (save({**PAIR, UP: torch.full((4, 2), torch.nan)}), "NaN or infinity"),
     "infinity": (save({**PAIR, UP: torch.full((4, 2), -torch.inf)}), "NaN or infinity"),
+    "absurd alpha": (save({**PAIR, DOWN.replace("lora_A.weight", "alpha"): torch.tensor(1e38)}), "has alpha 1e\\+38"),
     "an alpha that is NaN": (save({**PAIR, DOWN.replace("lora_A.weight", "alpha"): torch.tensor(torch.nan)}), "NaN"),
     "an unknown key": (save({**PAIR, "unet.mid_block.extra": torch.ones(1)}), "no part of a plain LoRA"),
     "a DoRA": (save({**PAIR, DOWN.replace("lora_A.weight", "dora_scale"): torch.ones(4)}), "a DoRA, which is not"),
