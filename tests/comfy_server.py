@@ -262,12 +262,11 @@ def understood(raw: str | bytes) -> Event:
 
 def copy_as_cloned(target: Path) -> Path:
     """The repository as `git clone` would bring it, with what is not yet committed: no ignored file, no link."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:  # a copy of the tree without its history, as an archive brings it
+        passed_over = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "build", "dist", "runs", "work")
+        return Path(shutil.copytree(ROOT, target, ignore=passed_over))
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
