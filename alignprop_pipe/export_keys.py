@@ -291,7 +291,9 @@ def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> L
 
     Here they keep their alphas, which diffusers' converters fold in; ComfyUI's for Flux no converter reads.
     """
-    family = family_of(tensors, header)
+    made_for = header.get("alignprop.base_class", "")  # text encoders alone do not tell
+    told = next((family for family, pipeline in PIPELINES.items() if pipeline == made_for), "")
+    family = told or family_of(tensors, header)
     in_file = layers_of(tensors).layers
     dotted = ("diffusion_model.",) if family == "FluxTransformer2DModel" else ()
     are_own = all(name.startswith(("lora_unet_", "lora_te", *dotted)) for name in in_file)
@@ -303,7 +305,8 @@ def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> L
         raw.setdefault(place.component, {})[place.path.replace(".", "_")] = _whole(
             parts["down"], parts["up"], parts.get("alpha")
         )
-    found = {"transformer": kohya_transformers.from_kohya(family, raw.pop("denoiser", {}))}
+    own = kohya_transformers.from_kohya(family, raw.pop("denoiser", {}))
+    found = {"transformer": own} if own else {}
     for name, layers in raw.items():
         found[name] = {_clip_dotted(flat): factors for flat, factors in layers.items()}
     return found

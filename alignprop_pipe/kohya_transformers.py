@@ -70,7 +70,19 @@ _FLUX_FUSED = {
 }
 _FLUX_SINGLE = {"linear1": Fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), (1, 1, 1, 4))}
 
+_SD3: Names = {
+    "attn.to_out.0": "x_block.attn.proj", "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.to_add_out": "context_block.attn.proj", "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+}  # fmt: skip
+_SD3_FUSED = {
+    "x_block.attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1)),
+    "x_block.attn2.qkv": Fused(("attn2.to_q", "attn2.to_k", "attn2.to_v"), (1, 1, 1)),
+    "context_block.attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), (1, 1, 1)),
+}
+
 BLOCKS: dict[str, dict[str, Blocks]] = {
+    "SD3Transformer2DModel": {"transformer_blocks": Blocks("joint_blocks", _SD3, _SD3_FUSED)},
     "FluxTransformer2DModel": {
         "transformer_blocks": Blocks("double_blocks", _FLUX_DOUBLE, _FLUX_FUSED),
         "single_transformer_blocks": Blocks(
@@ -82,7 +94,7 @@ BLOCKS: dict[str, dict[str, Blocks]] = {
     },
     "WanTransformer3DModel": {"blocks": Blocks("blocks", WAN)},
 }
-"""Families that kohya's scripts train and that diffusers reads from their files -> their lists of blocks."""
+"""Families that kohya's scripts train -> their lists of blocks."""
 OTHERS: dict[str, Names] = {"FluxTransformer2DModel": _FLUX_OTHERS}
 
 
@@ -95,7 +107,7 @@ def to_kohya(family: str, layers: Mapping[str, Factors]) -> dict[str, Factors]:
     """Layers of a transformer by kohya's flat names, without prefix. Raises AdapterError: it has none."""
     if family not in BLOCKS:
         raise AdapterError(
-            f"kohya's scripts have no names for {family or 'this transformer'} that diffusers reads, only for "
+            f"kohya's scripts have no names for {family or 'this transformer'}, only for "
             f"{', '.join(BLOCKS)} and the UNets of Stable Diffusion; take the format 'comfyui' or 'diffusers'"
         )
     found: dict[str, Factors] = {}
