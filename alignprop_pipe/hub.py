@@ -113,9 +113,10 @@ def push(
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether it can only be a name on the Hub: `me/name`, and nothing here is called so."""
+    """Whether it can only be a name on the Hub: `me/name`, and there is no folder `me` here, as for a mistyped run."""
     text = source.as_posix() if isinstance(source, Path) else source
-    return HUB_ID.fullmatch(text) is not None and not text.endswith(".safetensors") and not Path(text).exists()
+    is_name = HUB_ID.fullmatch(text) is not None and not text.endswith(".safetensors")
+    return is_name and not Path(text).parent.is_dir()
 
 
 def local(source: str | Path, revision: str | None = None) -> Path:

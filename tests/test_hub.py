@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from alignprop_pipe import Adapter, hub
-from alignprop_pipe.errors import HubError
+from alignprop_pipe.errors import AdapterError, HubError
 from alignprop_pipe.export import load_adapter
 from alignprop_pipe.hub import WEIGHTS, is_hub_id
 
@@ -544,6 +544,14 @@ def test_what_is_a_name_on_the_hub(source: str, yes: bool) -> None:
     assert is_hub_id(source) is yes
 
 
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert not is_hub_id("runs/fxo")
+    with pytest.raises(AdapterError, match="no adapter file 'runs/fxo'"):
+        Adapter.load("runs/fxo")
+
+
 def test_what_is_not_there(server: Hub) -> None:
     with pytest.raises(HubError, match=r"'me/none' is no file or folder here.*no model 'me/none' on the Hub"):
         Adapter.load("me/none")
@@ -574,8 +582,6 @@ def test_files_of_others(server: Hub, adapter: Adapter, run: Path) -> None:
 
 
 def test_a_file_that_is_damaged_there(server: Hub) -> None:
-    from alignprop_pipe.errors import AdapterError
-
     server.add("you/bad", {WEIGHTS: b"<html>"})
     with pytest.raises(AdapterError):
         Adapter.load("you/bad")
