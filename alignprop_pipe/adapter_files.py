@@ -23,6 +23,7 @@ from torch import Tensor
 
 from alignprop_pipe.adapter_keys import split_key
 from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.sources import hub_hint
 
 MOST_HEADER = 100_000_000
 """Bytes, as the safetensors library has it; kohya's headers with all tags of a data set take a few million."""
@@ -90,7 +91,9 @@ def located(path: str | Path) -> Path:
     except (OSError, ValueError):  # a name that no file system takes
         is_file = False
     if not is_file:
-        raise AdapterError(f"there is no adapter file {str(source)!r}; a run writes runs/<name>/adapter.safetensors")
+        raise AdapterError(
+            f"there is no adapter file {str(source)!r}; a run writes runs/<name>/adapter.safetensors{hub_hint(path)}"
+        )
     return source
 
 

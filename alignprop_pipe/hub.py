@@ -32,8 +32,8 @@ from alignprop_pipe.card_facts import CONFIG, METRICS, WEIGHTS
 from alignprop_pipe.errors import HubError
 from alignprop_pipe.hub_folder import Source, write_folder
 from alignprop_pipe.privacy import TOKEN, Private
+from alignprop_pipe.sources import HUB_ID, on_hub
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OURS = re.compile(
     rf"README\.md|{re.escape(WEIGHTS)}|.+-comfyui(-\w+)?\.safetensors|config\.json|metrics\.jsonl|curve\.png"
     r"|before-after\.png|images"
@@ -87,7 +87,7 @@ def push(
 
     Args:
         source: an `Adapter`; one that knows its run folder brings the evidence along.
-        repo_id: made if it is not there yet.
+        repo_id: made if it is not there yet; also with hf:// before it and @revision behind it.
         private: whether a new repository is private; None: as your account's settings say.
         token: default: that of `hf auth login`, or HF_TOKEN.
         revision: branch to commit to; made if it is not there. Default: the main one.
@@ -97,6 +97,8 @@ def push(
     Raises:
         HubError: with what to do; the run folder is as it was.
     """
+    if repo_id.startswith("hf:/") and (there := on_hub(repo_id)) is not None:
+        repo_id, revision = there.repo_id, _one_revision(there.revision, revision)
     _check(repo_id, revision, create_pr)
     token = _token(token, needed=dry_run is None)
     folders = [] if source.run_folder is None else [source.run_folder, source.run_folder.absolute().parent]
@@ -112,20 +114,14 @@ def push(
     return Pushed(repo_id, files, url, changed=changed)
 
 
-def is_hub_id(source: str | Path) -> bool:
-    """Whether it can only be a name on the Hub: `me/name`, and there is no folder `me` here, as for a mistyped run."""
-    text = source.as_posix() if isinstance(source, Path) else source
-    is_name = HUB_ID.fullmatch(text) is not None and not text.endswith(".safetensors")
-    return is_name and not Path(text).parent.is_dir()
-
-
 def local(source: str | Path, revision: str | None = None) -> Path:
     """The path of an adapter: one here goes first, and a name on the Hub is fetched. Raises HubError."""
-    if is_hub_id(source):
-        return fetch(Path(source).as_posix(), revision)
-    if revision is not None:
+    there = on_hub(source)
+    if there is None and revision is not None:
         raise HubError(f"revision={revision!r} belongs to a name on the Hub, 'me/name', and {str(source)!r} is none")
-    return Path(source)
+    if there is None:
+        return Path(source)
+    return fetch(there.repo_id, _one_revision(there.revision, revision))
 
 
 def run_of(file: Path) -> Path | None:
@@ -208,6 +204,12 @@ def _kept(stage: Path, target: Path) -> Path:
     except OSError as error:
         raise HubError(f"{str(target)!r} cannot be written: {error.strerror or error}; name another folder") from error
     return target
+
+
+def _one_revision(named: str | None, given: str | None) -> str | None:
+    if named and given and named != given:
+        raise HubError(f"two revisions were given, {named!r} in the name and {given!r} beside it; keep one")
+    return named or given
 
 
 def _check(repo_id: str, revision: str | None, create_pr: bool) -> None:

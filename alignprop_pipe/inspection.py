@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignprop_pipe import adapter_files
+from alignprop_pipe import adapter_files, hub
 from alignprop_pipe.adapter_keys import (
     FileLayers,
     duplicates,
@@ -78,13 +78,13 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     """Describe a LoRA file of any format, or the one in a run folder.
 
     Args:
-        path: a safetensors file, or a run folder.
+        path: a safetensors file, a run folder, or a name on the Hub, "me/name".
         allow_pickle: look into a pickle too; weights alone are read from it, nothing is run.
 
     Raises:
         AdapterError: the file is missing, cut off, damaged, a pickle, or no LoRA.
     """
-    source = adapter_files.located(path)
+    source = adapter_files.located(hub.local(path))
     tensors, header = adapter_files.read_file(source, allow_pickle=allow_pickle, finite=False)
     if not tensors:
         raise AdapterError(f"{source.name} is empty: it holds no LoRA")

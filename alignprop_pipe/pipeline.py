@@ -38,8 +38,14 @@ from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder
 from alignprop_pipe.single_file import load_single_file
+from alignprop_pipe.sources import exists, hub_hint, on_hub
 
 logger = logging.getLogger(__name__)
+
+MODEL_NEEDED = (
+    "name 'emoji' (bundled), a model on the Hub like stable-diffusion-v1-5/stable-diffusion-v1-5, a folder that holds "
+    "a model_index.json, or a .safetensors file"
+)
 
 
 class AlignPropPipeline(DiffusionPipeline):
@@ -50,12 +56,16 @@ class AlignPropPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "AlignPropPipeline":
-        """Load any text-to-image or text-to-video pipeline of diffusers: `emoji`, a Hub id, or a folder.
+        """Load any text-to-image or text-to-video pipeline of diffusers: `emoji`, a folder, or `me/name` on the Hub.
 
-        `kwargs` are those of `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `variant`, ...).
+        `hf://me/name` and `hf://me/name@revision` are on the Hub whatever folders are here. `kwargs` are those of
+        `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `variant`, ...). Raises PipelineError where there is
+        no such folder and the name may have been meant as one, and HubError for an hf:// that is no name.
         """
-        name = str(pretrained_model_name_or_path)
+        name, revision = model_source(pretrained_model_name_or_path)
         folder = resolve_model(name)
+        if revision is not None:
+            kwargs = {"revision": revision, **kwargs}
         with autograd_on(), known_types() if folder != name else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
@@ -213,6 +223,16 @@ def aligned_class(kind: type) -> type:
     """
     body = {"__qualname__": f"AlignProp{kind.__name__}", "__module__": __name__, "__doc__": kind.__doc__}
     return type(kind.__name__, (AlignPropPipeline, kind), body)
+
+
+def model_source(given: str | os.PathLike) -> tuple[str, str | None]:
+    """The folder, or the name on the Hub and the revision in it. Raises PipelineError, HubError."""
+    name, there = os.fspath(given), on_hub(given)
+    if there is not None:
+        return there.repo_id, there.revision
+    if resolve_model(name) == name and not exists(name):
+        raise PipelineError(f"there is no file or folder {name!r} here{hub_hint(name)}; {MODEL_NEEDED}")
+    return name, None
 
 
 # --- the steps of align ---

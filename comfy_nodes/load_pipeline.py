@@ -35,10 +35,15 @@ class LoadPipeline(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, id_or_folder: Any = "") -> bool | str:
         text = cleaned(id_or_folder or "")
-        is_hub_id = text.count("/") <= 1 and "\\" not in text and not text.startswith((".", "/", "~"))
-        if not text or Path(text).expanduser().exists() or (is_hub_id and not text.endswith(".safetensors")):
-            return True
-        return f"there is no file or folder {text!r}; give {ID_OR_FOLDER.partition(': ')[2]}"
+        from alignprop_pipe.errors import HubError
+        from alignprop_pipe.sources import exists, hub_hint, on_hub
+
+        try:
+            if text in ("", "emoji") or exists(Path(text).expanduser()) or on_hub(text) is not None:
+                return True
+        except HubError as error:
+            return str(error)
+        return f"there is no file or folder {text!r}{hub_hint(text)}; give {ID_OR_FOLDER.partition(': ')[2]}"
 
     @classmethod
     def fingerprint_inputs(cls, model: str = BUNDLED, id_or_folder: str = "", dtype: str = "auto") -> str:
@@ -49,7 +54,9 @@ class LoadPipeline(io.ComfyNode):
         with host.working():
             from alignprop_pipe import AlignPropPipeline
 
-            source = str(Path(cleaned(id_or_folder)).expanduser()) if cleaned(id_or_folder) else str(_path_of(model))
+            text = cleaned(id_or_folder)
+            home = text.startswith("~")  # else the text as it is: a Path would take a / out of hf://
+            source = str(Path(text).expanduser()) if home else text or str(_path_of(model))
             options = {"dtype": _dtype(dtype)}
             if Path(source).is_file():
                 pipe = AlignPropPipeline.from_single_file(source, tokenizer_folder=host.tokenizer_folder(), **options)
@@ -93,6 +100,7 @@ MODEL = (
 )
 ID_OR_FOLDER = (
     "used instead of the list where it is not empty: a folder in diffusers' format, a .safetensors checkpoint, or a "
-    "Hugging Face Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    "Hugging Face Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, with hf:// before it where it might be "
+    "taken for a folder"
 )
 DTYPE = "number format of the weights; the LoRA is always trained in float32. auto: float16 on a GPU, float32 on a CPU"

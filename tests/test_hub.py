@@ -25,7 +25,9 @@ from safetensors.torch import load
 from alignprop_pipe import Adapter, hub
 from alignprop_pipe.errors import AdapterError, HubError
 from alignprop_pipe.export import load_adapter
-from alignprop_pipe.hub import WEIGHTS, is_hub_id
+from alignprop_pipe.hub import WEIGHTS
+from alignprop_pipe.inspection import inspect_adapter
+from alignprop_pipe.mixing import mix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of its HTTP
 
@@ -530,26 +532,28 @@ def test_a_path_here_goes_first(
         Adapter.load("me/glow", revision="v1")
 
 
-@pytest.mark.parametrize(
-    ("source", "yes"),
-    [
-        *((name, True) for name in ("me/x", "me/x.y-z_1")),
-        *(
-            (name, False)
-            for name in ("x", "a/b/c", "./x", "./x/y", "../x", "~/x", "/tmp/x", "me/x.safetensors", "me/x?y")
-        ),
-    ],
-)
-def test_what_is_a_name_on_the_hub(source: str, yes: bool) -> None:
-    assert is_hub_id(source) is yes
-
-
-def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hf_names_are_on_the_hub_whatever_is_here(
+    server: Hub, bare: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    assert not is_hub_id("runs/fxo")
-    with pytest.raises(AdapterError, match="no adapter file 'runs/fxo'"):
-        Adapter.load("runs/fxo")
+    (tmp_path / "me" / "glow").mkdir(parents=True)
+    bare.push_to_hub("hf://me/glow")
+    bare.push_to_hub("hf://me/glow@v1")
+    pipe = aligned()
+    pipe.load_adapter("hf://me/glow@v1")
+    for loaded in (
+        Adapter.load("hf://me/glow"),
+        Adapter.load(Path("hf://me/glow@v1")),
+        Adapter.load("hf://me/glow", revision="v1"),
+        mix([("hf://me/glow", 1.0)]),
+        Adapter.of(pipe),
+    ):
+        assert len(loaded) == len(bare)
+    assert inspect_adapter("hf://me/glow").layers == inspect_adapter(Path("hf://me/glow@v1")).layers
+    with pytest.raises(HubError, match="two revisions"):
+        Adapter.load("hf://me/glow@v1", revision="v2")
+    with pytest.raises(HubError, match="no revision 'v9'"):
+        Adapter.load("hf://me/glow@v9")
 
 
 def test_what_is_not_there(server: Hub) -> None:

@@ -20,6 +20,7 @@ LAYERS = {
     "seeds": 1,
     "files": 1,
     "bundled": 1,
+    "sources": 1,
     "prompts": 2,
     "stock": 2,
     "truncation": 2,

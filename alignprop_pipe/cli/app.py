@@ -25,6 +25,7 @@ from alignprop_pipe.cli.options import (
     options_from,
 )
 from alignprop_pipe.config import AlignConfig, SamplingOptions
+from alignprop_pipe.sources import hub_hint, on_hub
 
 if TYPE_CHECKING:
     from alignprop_pipe.result import AlignResult
@@ -262,10 +263,11 @@ def _adapter_file(request: SampleRequest) -> Path | None:
     path = path / "adapter.safetensors" if path.is_dir() else path
     if path.is_file():
         return path
-    from alignprop_pipe.hub import is_hub_id, local
+    if on_hub(request.adapter) is None:
+        hint = hub_hint(request.adapter)
+        raise typer.BadParameter(f"there is no file {str(path)!r}{hint}", param_hint="--adapter")
+    from alignprop_pipe.hub import local
 
-    if not is_hub_id(request.adapter):
-        raise typer.BadParameter(f"there is no file {str(path)!r}", param_hint="--adapter")
     local(request.adapter)  # before the model is loaded, since it may not be there
     return request.adapter
 

@@ -12,6 +12,7 @@ from alignprop_pipe.cli.options import SampleRequest
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
+from alignprop_pipe.sources import on_hub
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -110,7 +111,8 @@ def default_out(reward: str) -> Path:
 
 def _public(adapter: Path) -> str:
     """The name of a file; of one on the Hub, all of its name there."""
-    return adapter.name if adapter.exists() else adapter.as_posix()
+    there = on_hub(adapter)
+    return adapter.name if there is None else there.repo_id
 
 
 def _free(path: Path) -> Path:

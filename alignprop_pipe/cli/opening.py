@@ -10,6 +10,7 @@ import typer
 from alignprop_pipe.cli.console import Output, quiet_libraries, waiting
 from alignprop_pipe.cli.options import BUNDLED, CheckRequest, Common, ScoreRequest, TrainRequest
 from alignprop_pipe.errors import PipelineError
+from alignprop_pipe.sources import exists
 
 if TYPE_CHECKING:
     import torch
@@ -20,18 +21,13 @@ if TYPE_CHECKING:
 SINGLE_FILES = (".safetensors", ".ckpt")
 A_PATH = re.compile(r"(~|\.{0,2})/\S+")
 
-WAY_OUT = (
-    "name 'emoji' (bundled), an id of the Hugging Face hub like stable-diffusion-v1-5/stable-diffusion-v1-5, a "
-    "folder that holds a model_index.json, or a .safetensors file"
-)
-
 
 def is_model(word: str) -> bool:
     """Whether a word on the command line names a model: 'emoji', org/name, a path, a diffusers folder or a file."""
     return (
         word == BUNDLED
         or word.endswith(SINGLE_FILES)
-        or re.fullmatch(r"[\w.-]+/[\w.-]+", word) is not None
+        or re.fullmatch(r"(hf:/{1,2})?[\w.-]+/[\w.-]+(@\S+)?", word) is not None
         or A_PATH.fullmatch(word) is not None
         or (len(word) < 1000 and (Path(word) / "model_index.json").is_file())
     )
@@ -92,11 +88,8 @@ def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
     from alignprop_pipe.pipeline import AlignPropPipeline
 
     source = str(Path(model).expanduser()) if model.startswith("~") else model
-    local = A_PATH.fullmatch(model) or (model.endswith(SINGLE_FILES) and model.count("/") < 2)
-    if local and not Path(source).exists():
-        raise PipelineError(f"there is no file or folder {model!r}; {WAY_OUT}")
     load: Any = AlignPropPipeline.from_pretrained
-    if source.endswith(SINGLE_FILES):
+    if source.endswith(SINGLE_FILES) and exists(source):
         load = AlignPropPipeline.from_single_file
     try:
         return load(source, dtype=dtype)
@@ -105,6 +98,8 @@ def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
 
 
 def _not_loaded(model: str, error: Exception) -> str:
+    from alignprop_pipe.pipeline import MODEL_NEEDED
+
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     where = "folder" if Path(model).is_dir() else "file" if Path(model).is_file() else "model id"
-    return f"{where} {model!r} could not be loaded as a diffusers pipeline; {WAY_OUT}. The reason: {reason}"
+    return f"{where} {model!r} could not be loaded as a diffusers pipeline; {MODEL_NEEDED}. The reason: {reason}"

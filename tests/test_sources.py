@@ -1,0 +1,142 @@
+"""What is taken for a name on the Hub; what may be a mistyped path is told at once, and no socket is opened for it."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import miniatures
+import pytest
+import torch
+from hub_server import Hub
+from huggingface_hub import constants, hf_api
+from test_hub import server as server  # a fixture
+from typer.testing import CliRunner
+
+from alignprop_pipe import Adapter, AlignPropPipeline
+from alignprop_pipe.cli.app import app
+from alignprop_pipe.errors import AlignError, HubError, PipelineError
+from alignprop_pipe.inspection import inspect_adapter
+from alignprop_pipe.mixing import mix
+from alignprop_pipe.sources import HubName, hub_hint, on_hub
+
+NAMES = ["me/cute-animals", "me/x.y-z_1", "modelscope/sdxl", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a1/b2"]
+PATHS = [
+    "x", "a/b/c", "./x", "./x/y", "../x", "~/x", "/tmp/x", "C:\\x\\y", "C:/x", "me\\x", "me/x?y", "", "me/", "/",
+    "me/x.safetensors", "me/x.bin", "me/x.JSON", "me/x.pt", "me/x.ckpt", "runs/my-run", "Runs/my-run", "samples/a",
+    "outputs/a", "models/sd15", "loras/foxes", "checkpoints/x", "results/x", "me/2026-11-30-2016-clip", "me/2026-01-02",
+    "me/2025-01-02-0304-zscore-clip-2", "cats/tabby", "projetc/x", "projects/x", "Project/x",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the folders `cats` and `project`, and no way out to the network."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cats", "project"):
+        Path(name).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("source", NAMES)
+def test_a_name_on_the_hub(source: str) -> None:
+    assert on_hub(source) == on_hub(Path(source)) == HubName(source)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("source", PATHS)
+def test_a_path(source: str) -> None:
+    assert on_hub(source) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "repo", "revision"),
+    [
+        ("hf://me/x", "me/x", None),
+        ("hf://runs/2026-11-30-2016-clip", "runs/2026-11-30-2016-clip", None),
+        ("hf://me/x@v1.0", "me/x", "v1.0"),
+        ("hf://me/x@refs/pr/3", "me/x", "refs/pr/3"),
+        ("hf://me/x/", "me/x", None),
+    ],
+)
+def test_hf_names(source: str, repo: str, revision: str | None) -> None:
+    assert on_hub(source) == on_hub(Path(source)) == HubName(repo, revision)
+
+
+@pytest.mark.parametrize(
+    "source", ["hf://", "hf://me", "hf://me/x/y.safetensors", "hf://../x", "hf://me/x@", "hf://a b/c"]
+)
+def test_an_hf_name_that_is_none(source: str) -> None:
+    with pytest.raises(HubError, match="hf://me/name"):
+        on_hub(source)
+
+
+def test_the_way_out_is_said_where_it_is_one() -> None:
+    assert hub_hint("runs/x") == "; to fetch it from the Hub, write hf://runs/x"
+    assert hub_hint("a/b/c") == hub_hint("x") == ""
+
+
+@pytest.mark.usefixtures("place", "no_network")
+def test_a_mistyped_path_is_told_without_the_network_in_python() -> None:
+    pipe = AlignPropPipeline.from_pipe(miniatures.sd15())
+    calls: list[Any] = [
+        Adapter.load, pipe.load_adapter, inspect_adapter, AlignPropPipeline.from_pretrained, lambda x: mix([(x, 1.0)])
+    ]  # fmt: skip
+    for source in ("runs/my-run", "project/x", "me/2026-11-30-2016-clip", "me/x.safetensors"):
+        for call in calls:
+            with pytest.raises(AlignError, match=rf"there is no .*{source}.*hf://{source}"):
+                call(source)
+    for source in ("sd15", "a/b/c", "/nowhere"):
+        with pytest.raises(PipelineError, match="there is no file or folder"):
+            AlignPropPipeline.from_pretrained(source)
+
+
+@pytest.mark.usefixtures("place", "no_network")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "models/sd15", "--reward", "brightness", "--prompt", "a dog"],
+        ["train", "me/sd15.safetensors", "--reward", "brightness", "--prompt", "a dog"],
+        ["sample", "runs/my-run", "a dog"],
+        ["sample", "--adapter", "runs/my-run"],
+        ["mix", "runs/a=1", "--out", "b.safetensors"],
+        ["mix", "runs/a", "--sweep", "0:1:1", "--out", "b.png"],
+        ["export", "runs/a", "--to", "comfyui", "--out", "b.safetensors"],
+        ["inspect", "runs/a"],
+        ["push", "runs/a", "me/x"],
+    ],
+)
+def test_a_mistyped_path_is_told_without_the_network_on_the_command_line(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code in (1, 2), result.output
+    assert "there is no" in " ".join(result.output.split())
+    assert "a socket" not in result.output
+    if words[0] != "push":  # which takes what is here
+        assert "hf://" in result.output
+
+
+def test_a_model_from_the_hub_by_its_hf_name(
+    server: Hub, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    miniatures.sd15().save_pretrained(tmp_path / "saved")
+    files = {
+        path.relative_to(tmp_path / "saved").as_posix(): path.read_bytes()
+        for path in (tmp_path / "saved").rglob("*")
+        if path.is_file()
+    }
+    server.add("models/tiny", files)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    pipe = AlignPropPipeline.from_pretrained("hf://models/tiny@main")
+    assert pipe.name_or_path == "models/tiny"
+    weights = miniatures.sd15().unet.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.unet.state_dict().items())
