@@ -117,7 +117,8 @@ def start(
     stock.refuse_inference_weights(pipe)
     device = stock.device_of(pipe)
     train, held_out = prompts.split(config.evaluation.eval_prompts, config.seed)
-    judges = [parse_reward(text).to(device) for text in config.evaluation.judges]
+    # A configuration that was read from a file has been searched for code by then.
+    judges = [parse_reward(text, allow_code=True).to(device) for text in config.evaluation.judges]
     reward = reward.to(device)
     sample = train.batch(config.seed, 0, 2)
     check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)

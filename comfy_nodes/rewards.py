@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .widgets import Widget, reward_names, reward_script_data, reward_text
+from .widgets import Widget, code_allowed, reward_names, reward_script_data, reward_text
 
 TERMS = 8
 """Rewards that one Combine node takes; its output goes into another for more."""
@@ -17,7 +17,7 @@ METHODS = ("sum", "min", "softmin")
 def _reward(text: str, accept_license: bool) -> Any:
     from alignprop_pipe import parse_reward
 
-    return parse_reward(text, accept_license=accept_license)
+    return parse_reward(text, accept_license=accept_license, allow_code=code_allowed())
 
 
 class Reward(io.ComfyNode):
@@ -219,7 +219,7 @@ PARAMETERS = 'the parameters as JSON, such as {"quality": 60}; the widgets below
 ACCEPT = "accept the licence of a reward that binds its users (aesthetic2.5: AGPL-3.0)"
 EXPRESSION = (
     "names with arguments, numbers, + - *: for example clip + 0.1*jpeg(quality=80), min(zscore(clip), zscore(colour)), "
-    'count("dog", 2), my_reward.py:score'
+    'count("dog", 2)'
 )
 METHOD = "sum: weighted sum. min: a picture is as good as its worst side. softmin: the same, smoothly"
 SAME_SCALE = "bring them to one scale first, measured on the base model's pictures, so that weights mean something"

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 
 from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, leaves
 from alignprop_pipe.errors import ConfigError, RewardError
+from alignprop_pipe.rewards.code import BY_TEXT, WAY_OUT, refuse_code
 from alignprop_pipe.rewards.registry import REGISTRY, RewardEntry
 
 Kind = Literal["INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"]
@@ -99,9 +101,13 @@ def _range(name: str, kind: Kind, about: Mapping[str, Any], default: Any) -> tup
 
 
 def config_from(values: Mapping[str, Any]) -> AlignConfig:
-    """The settings that widgets hold. Raises ConfigError."""
+    """The settings that widgets hold. Raises ConfigError, and RewardError for judges that name code."""
     known = {name: _setting_value(name, value) for name, value in values.items() if name in FIELD_PATHS}
-    return AlignConfig().replace(**{**values, **known})
+    config = AlignConfig().replace(**{**values, **known})
+    if not code_allowed():
+        for judge in config.evaluation.judges:
+            refuse_code(judge)
+    return config
 
 
 def _setting_value(name: str, value: Any) -> Any:
@@ -161,9 +167,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 ANY_NAME = inspect.Parameter.VAR_KEYWORD
 
 
+def code_allowed() -> bool:
+    """Whether whoever started the server lets workflows name Python code: ALIGNPROP_ALLOW_CODE=1."""
+    return os.environ.get("ALIGNPROP_ALLOW_CODE") == "1"
+
+
 def reward_names() -> list[str]:
     """The rewards that can be chosen in a list; those that combine others are nodes of their own."""
-    return [name for name, entry in REGISTRY.items() if not entry.combines and not entry.judge]
+    return [
+        name
+        for name, entry in REGISTRY.items()
+        if not entry.combines and not entry.judge and (name != BY_TEXT or code_allowed())
+    ]
 
 
 def reward_parameters(name: str) -> tuple[Widget, ...]:
@@ -230,6 +245,8 @@ def reward_text(name: str, parameters: str) -> str:
     """
     if name not in REGISTRY:
         raise RewardError(f"reward {name!r} is not known; known: {', '.join(reward_names())}")
+    if name == BY_TEXT and not code_allowed():
+        raise RewardError(f"{name!r} {WAY_OUT}")
     known = {widget.name: widget for widget in reward_parameters(name)}
     values = {
         key: value

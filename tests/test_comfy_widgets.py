@@ -20,7 +20,6 @@ SETTINGS = {widget.name: widget for widget in widgets.setting_widgets()}
 REWARDS = widgets.reward_names()
 NEEDED: dict[str, dict[str, Any]] = {
     "ask": {"question": "is the dog, or (the) cat, wearing a 'hat'?"},
-    "python": {"source": "test_comfy_widgets:bright"},
 }
 """Parameters that a reward cannot do without."""
 
@@ -167,9 +166,9 @@ def test_a_wrong_setting_is_told_in_one_sentence(values: dict[str, Any], way_out
 
 
 def test_the_list_holds_what_can_be_trained_on_alone() -> None:
-    assert {"clip", "jpeg", "count", "aesthetic2.5", "python"} <= set(REWARDS)
+    assert {"clip", "jpeg", "count", "aesthetic2.5"} <= set(REWARDS)
     assert not {"min", "zscore", "watch", "emoji_judge"} & set(REWARDS)
-    assert set(REWARDS) == {one.name for one in REGISTRY.values() if not (one.combines or one.judge)}
+    assert set(REWARDS) == {one.name for one in REGISTRY.values() if not (one.combines or one.judge)} - {"python"}
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -236,7 +235,6 @@ def is_default(name: str, key: str, value: Any) -> bool:
         ("contains", '{"objects": "dog, cat"}', "contains(objects='dog, cat')"),
         ("clip", '{"offload": true}', "clip(offload=True)"),
         ("aesthetic2.5", '{"trunk": "a/b"}', "aesthetic2.5(trunk='a/b')"),
-        ("python", '{"source": "my_reward:warm", "power": 2}', "python(source='my_reward:warm', power=2)"),
     ],
 )
 def test_parameters_become_an_expression(name: str, parameters: str, text: str) -> None:
@@ -276,8 +274,8 @@ def test_what_the_tooltips_say_can_be_written_into_objects(objects: str) -> None
         ("tv", '{"quality": 60}', "it takes none"),
         ("ask", "{}", "needs question"),
         ("ask", '{"question": ""}', "needs question"),
-        ("python", "{}", "file.py:function"),
-        ("python", '{"source": "a:b", "not a name": 1}', "not a name"),
+        ("python", "{}", "ALIGNPROP_ALLOW_CODE=1"),
+        ("python", '{"source": "my_reward.py:warm"}', "ALIGNPROP_ALLOW_CODE=1"),
         ("clip", "{\"__import__('os')\": 1}", "is no parameter"),
     ],
 )

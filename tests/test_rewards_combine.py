@@ -286,7 +286,7 @@ def test_a_python_reward_that_is_a_reward_is_calibrated(tmp_path, monkeypatch):
         "from alignprop_pipe.rewards import parse_reward\nmine = parse_reward('zscore(tv) + watch(colour)')\n"
     )
     images = pictures()
-    value = parse_reward("brightness - own.py:mine")
+    value = parse_reward("brightness - own.py:mine", allow_code=True)
     check_reward(value, images, ["a"] * 6, {})
     ready = calibrate(value, images, ["a"] * 6)
     assert str(ready).startswith("brightness - zscore(tv, mean=")

@@ -60,9 +60,9 @@ def _more_names(monkeypatch):
     ],
 )
 def test_round_trip_is_exact(text):
-    value = parse_reward(text)
+    value = parse_reward(text, allow_code=True)
     assert str(value) == text
-    assert parse_reward(str(value)) == value
+    assert parse_reward(str(value), allow_code=True) == value
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,11 @@ LEAVES = st.one_of(
 TREES = st.recursive(
     LEAVES.map(
         lambda leaf: (
-            made("python", "torch:tanh") if leaf == "python" else parse_reward(leaf) if isinstance(leaf, str) else leaf
+            made("python", "torch:tanh")
+            if leaf == "python"
+            else parse_reward(leaf, allow_code=True)
+            if isinstance(leaf, str)
+            else leaf
         )
     ),
     combined,
@@ -154,9 +158,9 @@ TREES = st.recursive(
 @given(TREES)
 @settings(max_examples=60)
 def test_any_tree_survives_text(value):
-    again = parse_reward(str(value))
+    again = parse_reward(str(value), allow_code=True)
     assert str(again) == str(value)
-    assert parse_reward(str(again)) == again
+    assert parse_reward(str(again), allow_code=True) == again
     assert list(map(repr, again.trained())) == list(map(repr, value.trained()))
 
 
@@ -221,7 +225,7 @@ def caret(error: RewardError) -> int:
 )
 def test_errors_point_at_the_character(text, place, message):
     with pytest.raises(RewardError, match=message.replace("(", r"\(")) as caught:
-        parse_reward(text)
+        parse_reward(text, allow_code=True)
     assert caret(caught.value) == place, str(caught.value)
 
 
@@ -246,7 +250,7 @@ def test_an_expression_inside_a_reward_leaves_one_caret(tmp_path, monkeypatch):
         "from alignprop_pipe.rewards import parse_reward\nmine = lambda: 0\nparse_reward('cilp')"
     )
     with pytest.raises(RewardError) as caught:
-        parse_reward("tv + own.py:mine")
+        parse_reward("tv + own.py:mine", allow_code=True)
     assert str(caught.value).count("^") == 1
     assert caret(caught.value) == 5
 

@@ -10,6 +10,8 @@ from alignprop_pipe.errors import RewardError
 from alignprop_pipe.rewards import Brightness, Jpeg, PythonReward, Reward, as_reward, parse_reward
 from alignprop_pipe.rewards.guard import check_reward
 
+typed = functools.partial(parse_reward, allow_code=True)
+
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a dog", "two cats"]
 TARGETS = {"count": [1, 2]}
@@ -97,23 +99,23 @@ def test_a_function_gets_what_its_signature_asks_for(function, kind):
 def test_a_function_is_named_in_text_and_back():
     reward = as_reward(of_images) + 0.5 * as_reward(f"{__name__}:by_keyword")
     assert str(reward) == f"{__name__}:of_images + 0.5*{__name__}:by_keyword"
-    again = parse_reward(str(reward))
+    again = typed(str(reward))
     torch.testing.assert_close(again(IMAGES, PROMPTS).total, reward(IMAGES, PROMPTS).total)
     assert list(again(IMAGES, PROMPTS).parts) == ["of_images", "by_keyword"]
     assert as_reward(of_images) == as_reward(of_images) != as_reward(of_prompts)
 
 
 def test_options_are_passed_on():
-    reward = parse_reward(f"{__name__}:by_keyword(strength=3)")
+    reward = typed(f"{__name__}:by_keyword(strength=3)")
     torch.testing.assert_close(reward(IMAGES, PROMPTS).total, 3 * of_prompts(IMAGES, PROMPTS))
     assert str(reward) == f"{__name__}:by_keyword(strength=3)"
-    assert parse_reward(f"{__name__}:Mine(scale=2)")(IMAGES, PROMPTS).total.equal(2 * of_images(IMAGES))
+    assert typed(f"{__name__}:Mine(scale=2)")(IMAGES, PROMPTS).total.equal(2 * of_images(IMAGES))
 
 
 def test_a_reward_found_by_name_logs_its_own_parts():
-    reward = parse_reward(f"0.5*{__name__}:mixed")
+    reward = typed(f"0.5*{__name__}:mixed")
     assert list(reward(IMAGES, PROMPTS).parts) == ["brightness", "jpeg", "jpeg_kb"]
-    assert list(parse_reward(f"{__name__}:Mine")(IMAGES, PROMPTS).parts) == ["mine"]
+    assert list(typed(f"{__name__}:Mine")(IMAGES, PROMPTS).parts) == ["mine"]
     check_reward(reward, IMAGES, PROMPTS, {})
 
 
@@ -122,13 +124,20 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "a b").mkdir()
     source = """
         from dataclasses import dataclass
+        from torch import nn
         @dataclass
-        class Score:
+        class Plain:
             power: int = 2
             def __call__(self, images):
                 return (images ** self.power).mean(dim=(1, 2, 3))
+        class Score(nn.Module):
+            def __init__(self, power=2):
+                super().__init__()
+                self.power = power
+            def forward(self, images):
+                return (images ** self.power).mean(dim=(1, 2, 3))
         def blur(images): return images.mean(dim=(1, 2, 3))
-        squared = Score()
+        squared = Plain()
         sevens = [7]
     """
     for name in ("mine.py", "a b/mine.py"):
@@ -141,10 +150,10 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_file_is_found_from_the_current_folder(folder):
     for text in ("mine.py:blur", "./mine.py:squared", f"{folder}/mine.py:Score(power=3)", 'python("a b/mine.py:blur")'):
-        reward = parse_reward(f"0.5*brightness + {text}")
+        reward = typed(f"0.5*brightness + {text}")
         assert str(reward) == f"0.5*brightness + {text}"
         assert reward(IMAGES, PROMPTS).total.shape == (2,)
-    assert parse_reward("mine.py:blur").name == "blur"
+    assert typed("mine.py:blur").name == "blur"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,12 @@ def test_a_file_is_found_from_the_current_folder(folder):
         ("nowhere/x.py:blur", "give a path"),
         ("mine.py:blurr", "it has: blur"),
         ("mine.py:sevens", "list: a function of images is needed"),
+        ("mine.py:Score(strength=3)", "strength"),
+        (
+            "mine.py:Plain(power=3)",
+            r"mine.*:Plain is a class.*only classes of Reward and torch.nn.Module are made.*instance",
+        ),
+        ("mine.py:nn.Softmax", "mine.py:nn is the module torch.nn: name it before the colon"),
         ("broken.py:f", "SyntaxError"),
         ("needs.py:f", "no_such_package"),
         ("no_such_package.sub:f", "no_such_package/sub.py:f"),
@@ -167,7 +182,7 @@ def test_a_file_is_found_from_the_current_folder(folder):
 )
 def test_what_is_missing_is_named(folder, text, way_out):
     with pytest.raises(RewardError, match=way_out):
-        parse_reward(text)
+        typed(text)
 
 
 def test_a_signature_that_cannot_be_served_is_refused():

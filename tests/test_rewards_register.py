@@ -113,7 +113,7 @@ def test_a_file_may_be_loaded_twice_and_is_named(tmp_path: Path, monkeypatch: py
         "from alignprop_pipe.rewards import register\n@register('mine')\ndef mine(images):\n"
         "    return images.mean((1, 2, 3))\ndef other(images):\n    return images.amax((1, 2, 3))\n"
     )
-    reward = parse_reward("mine.py:mine + mine.py:other + mine")
+    reward = parse_reward("mine.py:mine + mine.py:other + mine", allow_code=True)
     assert str(reward) == "mine.py:mine + mine.py:other + mine"
     assert registry.REGISTRY["mine"].where.endswith("mine.py:mine")
     with pytest.raises(RewardError, match="taken by .*mine.py:mine"):

@@ -261,7 +261,7 @@ def _rewards(request: MixRequest, asked: _Asked) -> "list[Reward]":
 
     import_rewards(request.imports)
     if request.reward is not None:
-        return [parse_reward(request.reward, accept_license=request.accept_license)]
+        return [parse_reward(request.reward, accept_license=request.accept_license, allow_code=True)]
     found = rewards_of(asked.adapters)
     return found or ([parse_reward("clip")] if asked.model == BUNDLED else [])
 

@@ -49,7 +49,7 @@ def open_reward(text: str, request: TrainRequest | ScoreRequest | CheckRequest, 
     from alignprop_pipe.rewards.registry import parse_reward
 
     import_rewards(request.imports)
-    return parse_reward(text, accept_license=request.accept_license)
+    return parse_reward(text, accept_license=request.accept_license, allow_code=True)
 
 
 def import_rewards(places: Sequence[str] | None) -> None:

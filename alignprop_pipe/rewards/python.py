@@ -1,6 +1,7 @@
 """Rewards of the user's own: any Python function of images that keeps the gradient, given or named in text."""
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -16,6 +17,7 @@ from torch import nn
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Scores, Targets
+from alignprop_pipe.rewards import code
 from alignprop_pipe.rewards.base import Reward, check_scores, literal
 from alignprop_pipe.rewards.expression import REFERENCE
 
@@ -28,14 +30,14 @@ class PythonReward(Reward):
 
     Args:
         source: where the function is: module:function, or file.py:function with the path relative to the current
-            folder; in Python also the function itself, a `Reward`, a `torch.nn.Module`, or a class that makes one.
+            folder; in Python also the function itself, a `Reward`, a `torch.nn.Module`, or a class of these two.
         options: passed on as keyword arguments.
     """
 
     def __init__(self, source: str | Callable[..., Any], **options: Any) -> None:
         found = resolve(source) if isinstance(source, str) else source
         if isinstance(found, type):
-            found, options = found(**options), {}
+            found, options = _instance(source, found, options), {}
         if not callable(found):
             raise RewardError(f"{source!r} is {type(found).__name__}: a function of images is needed")
         self.inner, self.options = found, options
@@ -106,23 +108,74 @@ def named(name: str, source: Callable[..., Any]) -> type[Reward]:
     return Named
 
 
+def _instance(source: Any, kind: type, options: Mapping[str, Any]) -> Any:
+    """Only rewards and networks are made: any other class may do anything while it is made, as subprocess.Popen does.
+
+    Raises RewardError.
+    """
+    if not issubclass(kind, Reward | nn.Module):
+        raise RewardError(
+            f"{reference(kind)} is a class, and only classes of Reward and torch.nn.Module are "
+            "made: name a function, or an instance of the class"
+        )
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise RewardError(f"{source!r} cannot be made: {error}") from error
+
+
 def resolve(text: str) -> Any:
     """What `module:function` or `file.py:function` names. Raises RewardError that says which half is missing."""
     place, _, attribute = text.rpartition(":")
     if not (place and attribute):
         raise RewardError(f"{text!r} names no function: write module:function or file.py:function")
-    found = load_module(place)
+    return _within(place, _loaded(place), attribute)
+
+
+def check_own(*texts: str) -> None:
+    """Raises RewardError unless each text names what a module that `--import` has named defines itself.
+
+    What the module has imported, such as `my.py:os.system`, is not its own.
+    """
+    for text in texts:
+        place, _, attribute = text.rpartition(":")
+        module = code.imported(place)
+        if module is None:
+            raise RewardError(f"{text!r} {code.WAY_OUT}")
+        found = _within(place, module, attribute)
+        while isinstance(found, functools.partial):
+            found = found.func
+        home = found.__module__ if isinstance(found, type) or inspect.isroutine(found) else type(found).__module__
+        if home != module.__name__ and not isinstance(found, Reward | nn.Module):
+            raise RewardError(
+                f"{text!r} is imported there from {home}; a text from a file may name what {place} defines"
+            )
+
+
+def _within(place: str, found: Any, attribute: str) -> Any:
+    """The attribute of a module, or of what is in it, but not of what another module holds."""
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
             close = difflib.get_close_matches(part, names, n=3, cutoff=0.5) or names
             raise RewardError(f"{place} has no {part!r}; it has: {', '.join(close) or 'no function at all'}")
         found = getattr(found, part)
+        if isinstance(found, ModuleType):
+            raise RewardError(f"{place}:{part} is the module {found.__name__}: name it before the colon")
     return found
 
 
 def load_module(place: str) -> ModuleType:
-    """Run a file (`my/rewards.py`) or import a module by its name. Raises RewardError."""
+    """Run a file (`my/rewards.py`) or import a module by its name, as `--import` does. Raises RewardError.
+
+    Texts from files, adapters and workflows may name what it defines from then on.
+    """
+    module = _loaded(place)
+    code.remember(place, module)
+    return module
+
+
+def _loaded(place: str) -> ModuleType:
     return _file(Path(place)) if place.endswith(".py") else _module(place)
 
 

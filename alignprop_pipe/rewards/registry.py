@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from alignprop_pipe.errors import RewardError
+from alignprop_pipe.rewards.code import BY_TEXT, refuse_code
 from alignprop_pipe.rewards.entries import ENTRIES, RewardEntry
 from alignprop_pipe.rewards.expression import read_expression
 
@@ -18,14 +19,26 @@ if TYPE_CHECKING:
 REGISTRY: dict[str, RewardEntry] = {entry.name: entry for entry in ENTRIES}
 
 
-def parse_reward(text: str, accept_license: bool = False) -> "Reward":
+def parse_reward(text: str, accept_license: bool = False, allow_code: bool = False) -> "Reward":
     """`clip + 0.1*jpeg(quality=80) - tv` -> the reward. `str()` of it gives the text back.
 
-    Terms are names of `REGISTRY`, with arguments or without, `module:function` and `file.py:function`; they are
-    added, subtracted, and multiplied with numbers. `accept_license` adds `accept_license=True` to the terms that need
-    it, so that the text of the result can be read again. Raises RewardError that points at the character.
+    Terms are names of `REGISTRY`, with arguments or without; they are added, subtracted, and multiplied with numbers.
+    `accept_license` adds `accept_license=True` to the terms that need it, so that the text of the result can be read
+    again. `allow_code` is for texts that you typed yourself: then `module:function` and `file.py:function` are terms
+    too, and what they name is imported. Without it, nothing outside this package is imported or called, and a text
+    that names code is refused before anything in it is made, unless the code was named by `--import` before.
+
+    Raises RewardError that points at the character.
     """
-    value = read_expression(text, _made_accepted if accept_license else _made)
+    if not allow_code:
+        refuse_code(text)
+
+    def make(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Reward":
+        needs = accept_license and name in REGISTRY and REGISTRY[name].needs_acceptance
+        kwargs = {**kwargs, "accept_license": kwargs.get("accept_license", True)} if needs else kwargs
+        return _made(name, args, kwargs, allow_code)
+
+    value = read_expression(text, make)
     from alignprop_pipe.rewards.base import Reward
 
     if not isinstance(value, Reward):
@@ -106,14 +119,17 @@ def _check_name(name: str) -> None:
 
 
 def as_reward(source: "Reward | str | Callable[..., Any]") -> "Reward":
-    """Make a reward of a reward, an expression, or any Python function that keeps the gradient."""
+    """Make a reward of a reward, an expression, or any Python function that keeps the gradient.
+
+    An expression is taken as typed by you and may name code; use `parse_reward` for one that came from elsewhere.
+    """
     from alignprop_pipe.rewards.base import Reward
     from alignprop_pipe.rewards.python import PythonReward
 
     if isinstance(source, Reward):
         return source
     if isinstance(source, str):
-        return parse_reward(source)
+        return parse_reward(source, allow_code=True)
     if callable(source):
         return source() if isinstance(source, type) and issubclass(source, Reward) else PythonReward(source)
     raise RewardError(
@@ -122,16 +138,15 @@ def as_reward(source: "Reward | str | Callable[..., Any]") -> "Reward":
     )
 
 
-def _made(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Reward":
+def _made(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], allow_code: bool) -> "Reward":
     if ":" in name:
-        return REGISTRY["python"].make(name, *args, **kwargs)
+        name, args = BY_TEXT, (name, *args)
     if name not in REGISTRY:
         close = difflib.get_close_matches(name.lower(), REGISTRY, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(REGISTRY))}"
         raise RewardError(f"reward {name!r} is not known; {hint}")
+    if name == BY_TEXT and not allow_code:
+        from alignprop_pipe.rewards.python import check_own
+
+        check_own(*(text for text in (*args, kwargs.get("source")) if isinstance(text, str)))
     return REGISTRY[name].make(*args, **kwargs)
-
-
-def _made_accepted(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Reward":
-    needs = name in REGISTRY and REGISTRY[name].needs_acceptance
-    return _made(name, args, {**kwargs, "accept_license": kwargs.get("accept_license", True)} if needs else kwargs)
