@@ -27,7 +27,8 @@ from alignprop_pipe.choices import (
     truncation_from_text,
 )
 from alignprop_pipe.config_fields import check, exact, option
-from alignprop_pipe.errors import ConfigError
+from alignprop_pipe.errors import ConfigError, RewardError
+from alignprop_pipe.rewards.code import refuse_code
 
 
 class _Checked:
@@ -161,10 +162,14 @@ class AlignConfig(_Checked):
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], base: "AlignConfig | None" = None) -> "AlignConfig":
+    def from_dict(
+        cls, data: Mapping[str, Any], base: "AlignConfig | None" = None, allow_code: bool = False
+    ) -> "AlignConfig":
         """The inverse of `to_dict`; fields that are absent keep the value of `base` (default: the defaults).
 
-        Raises ConfigError for an unknown key, with the nearest right one, and for a value out of range.
+        A file may be a stranger's, so `judges` in it name Python code (`my.py:score`) only with `allow_code=True`, or
+        where that code was named by `--import`. Raises ConfigError for these, for an unknown key, with the nearest
+        right one, and for a value out of range.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"the configuration must be a table of settings, not {type(data).__name__}")
@@ -178,20 +183,23 @@ class AlignConfig(_Checked):
             if twice := [name for name in inside if name in flat]:
                 raise ConfigError(f"setting {twice[0]!r} is given twice, alone and in {part!r}; keep one")
             flat |= inside
-        return (base or cls()).replace(**flat)
+        config = (base or cls()).replace(**flat)
+        for judge in config.evaluation.judges if "judges" in flat and not allow_code else ():
+            _refuse_code_in(judge)
+        return config
 
     def to_json(self) -> str:
-        """JSON text; `from_json` gives an equal value back."""
+        """JSON text; `from_json` gives an equal value back, with `allow_code=True` also where judges name code."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str, base: "AlignConfig | None" = None) -> "AlignConfig":
-        """The inverse of `to_json`; see `from_dict` for `base`. Raises ConfigError."""
+    def from_json(cls, text: str, base: "AlignConfig | None" = None, allow_code: bool = False) -> "AlignConfig":
+        """The inverse of `to_json`; see `from_dict` for the other arguments. Raises ConfigError."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
             raise ConfigError(f"the configuration is not JSON: {error}") from error
-        return cls.from_dict(data, base)
+        return cls.from_dict(data, base, allow_code)
 
     def to_toml(self) -> str:
         """TOML; a field that is None is left out, since TOML has no null and None is its default."""
@@ -204,8 +212,8 @@ class AlignConfig(_Checked):
         return "\n".join([*top, *tables]) + "\n"
 
     @classmethod
-    def from_toml(cls, text: str, base: "AlignConfig | None" = None) -> "AlignConfig":
-        """The inverse of `to_toml`; see `from_dict` for `base`. Raises ConfigError."""
+    def from_toml(cls, text: str, base: "AlignConfig | None" = None, allow_code: bool = False) -> "AlignConfig":
+        """The inverse of `to_toml`; see `from_dict` for the other arguments. Raises ConfigError."""
         if sys.version_info >= (3, 11):
             import tomllib
         else:
@@ -214,11 +222,11 @@ class AlignConfig(_Checked):
             data = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the configuration is not TOML: {error}") from error
-        return cls.from_dict(data, base)
+        return cls.from_dict(data, base, allow_code)
 
     @classmethod
-    def load(cls, path: str | Path, base: "AlignConfig | None" = None) -> "AlignConfig":
-        """Read a .toml or .json file. Raises ConfigError, which names the file."""
+    def load(cls, path: str | Path, base: "AlignConfig | None" = None, allow_code: bool = False) -> "AlignConfig":
+        """Read a .toml or .json file; see `from_dict`. Raises ConfigError, which names the file."""
         path = Path(path)
         readers = {".toml": cls.from_toml, ".json": cls.from_json}
         read = readers.get(path.suffix.lower())
@@ -229,7 +237,7 @@ class AlignConfig(_Checked):
         except (OSError, ValueError) as error:
             raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
         try:
-            return read(text, base)
+            return read(text, base, allow_code)
         except ConfigError as error:
             raise ConfigError(f"configuration file {str(path)!r}: {error}") from error
 
@@ -315,6 +323,15 @@ def _check_part(name: str, value: Any) -> None:
     if not isinstance(value, kind):
         inside = ", ".join(f.name for f in fields(kind))
         raise ConfigError(f"{name} = {value!r}: {kind.__name__}(...) or a table with some of {inside} is needed")
+
+
+def _refuse_code_in(judge: str) -> None:
+    if ":" not in judge and "python" not in judge:  # names no code, whether it can be read or not
+        return
+    try:
+        refuse_code(judge)
+    except RewardError as error:
+        raise ConfigError(f"judges: {error}") from error
 
 
 def _refuse_unknown(names: Iterable[Any], known: Collection[str], prefix: str = "") -> None:

@@ -15,7 +15,7 @@ from alignprop_pipe.bundled import preset_for
 from alignprop_pipe.choices import window_from_text
 from alignprop_pipe.cli import comfy, console, exporting, mixing, pushing, scores
 from alignprop_pipe.cli.drawing import Sheet, default_out, draw
-from alignprop_pipe.cli.opening import is_model, open_pipeline, open_reward
+from alignprop_pipe.cli.opening import import_rewards, is_model, open_pipeline, open_reward
 from alignprop_pipe.cli.options import (
     BUNDLED,
     ListRequest,
@@ -102,6 +102,7 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
     nothing else is needed; other models need --reward and --prompts.
     """
     output = console.Output(quiet=request.quiet, json=request.json)
+    import_rewards(request.imports)  # first, since the configuration may name what is in them
     config = config_for(request.model, request.preset, request.config, settings)
     expression, source = _reward_text(request), _prompts(request)
     with console.waiting(output, f"loading reward {expression}"):

@@ -53,11 +53,14 @@ def open_reward(text: str, request: TrainRequest | ScoreRequest | CheckRequest, 
 
 
 def import_rewards(places: Sequence[str] | None) -> None:
-    """Run the files and import the modules that `--import` names. Raises RewardError."""
-    for place in places or []:
-        from alignprop_pipe.rewards.python import load_module
+    """Run the files and import the modules that `--import` names, each once. Raises RewardError."""
+    from alignprop_pipe.rewards.code import imported
 
-        load_module(place)
+    for place in places or []:
+        if imported(place) is None:
+            from alignprop_pipe.rewards.python import load_module
+
+            load_module(place)
 
 
 def find_device(text: str) -> "torch.device":
