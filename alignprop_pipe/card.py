@@ -1,20 +1,23 @@
 """The model card: what a run knows about its adapter -> the README.md of its repository, with the evidence in it.
 
 The card claims what was measured and no more: held-out scores come with the standard error of their paired
-differences, judges are named as such, and what fell is said at the top.
+differences, judges are named as such, and what fell is said at the top. The facts come from headers and folders that
+anybody may have written: every text of theirs goes through `escaping`.
 """
 
-import json
 import math
 import re
-import shlex
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from alignprop_pipe.card_facts import CONFIG, CURVE, METRICS, PAPER, PROJECT, SHEET, WEIGHTS, Facts
+from alignprop_pipe.choices import Maximize, loss_from_text
+from alignprop_pipe.errors import ConfigError
+from alignprop_pipe.escaping import cell, code, fenced, in_markdown, in_python, in_shell, link, visible
 from alignprop_pipe.licences import HUB, overall
 from alignprop_pipe.records import Change
+from alignprop_pipe.summary import RunWarning, warnings_of
 
 
 def model_card(facts: Facts) -> ModelCard:
@@ -33,27 +36,16 @@ def model_card(facts: Facts) -> ModelCard:
     return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n")
 
 
-def warning_sentences(facts: Facts) -> list[str]:
-    """What a visitor should know before the numbers: every held-out score that fell by its standard error or more."""
-    if not facts.changes:
-        return ["Nothing was measured on held-out prompts: there is no evidence that this adapter improves pictures."]
-    found = []
-    for name, change in facts.changes.items():
-        if name == "reward" and _fell(change):
-            found.append(f"The trained reward itself fell on held-out prompts, {_numbers(change)}.")
-        # A judge's single attributes are several: at one standard error one of them falls by chance in every other run.
-        elif name in facts.judges and _fell(change, errors=2 if "." in name else 1):
-            found.append(f"The judge {_code(name)}, which was never trained on, fell, {_numbers(change)}.")
-    if facts.diversity is not None and _fell(facts.diversity):
-        found.append(
-            f"Diversity fell, {_numbers(facts.diversity)}: pictures of different prompts have become more alike."
-        )
-    if found and "reward" in facts.changes and facts.changes["reward"].difference > 0:
-        found.append(
-            "The reward rose meanwhile, so the adapter may please the reward without making better pictures. Look at "
-            "the pictures before you use it."
-        )
-    return found
+def warnings_in(facts: Facts) -> tuple[RunWarning, ...]:
+    """What a visitor should know before the numbers."""
+    try:
+        loss = loss_from_text(str(facts.config.get("loss", "maximize")))
+    except ConfigError:
+        loss = Maximize()
+    return warnings_of(
+        facts.before, facts.after, facts.changes, loss=loss, status=facts.status, judges=facts.judges,
+        diversity=facts.diversity,
+    )  # fmt: skip
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
@@ -67,7 +59,9 @@ def _metadata(facts: Facts) -> ModelCardData:
     if licence["license"] == "other":
         licence["license_link"] = f"{HUB}{facts.repo_id}#licences"
     more: dict[str, Any] = (
-        {"widget": [{"text": text, "output": {"url": url}} for text, url in facts.widgets]} if facts.widgets else {}
+        {"widget": [{"text": visible(text), "output": {"url": url}} for text, url in facts.widgets]}
+        if facts.widgets
+        else {}
     )
     return ModelCardData(
         base_model=facts.base if "/" in facts.base else None,
@@ -87,9 +81,9 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
         EvalResult(
             task_type=facts.task,
             dataset_type="custom",
-            dataset_name=_of_prompts(facts),
-            metric_type=name,
-            metric_name=f"{name} ({_kind(facts, name)})" if _kind(facts, name) not in ("", name) else name,
+            dataset_name=visible(_of_prompts(facts)),
+            metric_type=visible(name),
+            metric_name=visible(f"{name} ({_kind(facts, name)})" if _kind(facts, name) not in ("", name) else name),
             metric_value=_plain(change.after),
             metric_args={"before": _plain(change.before), "standard_error_of_change": _plain(change.standard_error)},
         )
@@ -102,12 +96,12 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
 
 
 def _opening(facts: Facts) -> str:
-    base = f"[{facts.base}]({HUB}{facts.base})" if "/" in facts.base else _code(facts.base) if facts.base else ""
+    base = link(facts.base, f"{HUB}{facts.base}") if "/" in facts.base else code(facts.base) if facts.base else ""
     if facts.bundled:
         base = f"the small model {base} (it ships inside {PROJECT} and is not on the Hub)"
-    made = f"that was mixed by {PROJECT} of {' and '.join(facts.mixed)}."
+    made = f"that was mixed by {PROJECT} of {' and '.join(map(in_markdown, facts.mixed))}."
     if not facts.mixed:
-        reward = f"raise the reward {_code(facts.reward)}" if facts.reward else "raise a reward"
+        reward = f"raise the reward {code(facts.reward)}" if facts.reward else "raise a reward"
         made = (
             f"that was trained to {reward}: the reward's gradient flows back through the denoising chain "
             f"([AlignProp]({PAPER})), by {PROJECT}."
@@ -116,57 +110,60 @@ def _opening(facts: Facts) -> str:
     caption = (
         "\n\nThe pictures above are of held-out prompts, evenly spaced and not chosen by score." if gallery else ""
     )
-    return f"# {facts.name}\n\n{gallery}A LoRA for {base or 'a local model'} {made} No trigger word is needed.{caption}"
+    words = f"A LoRA for {base or 'a local model'} {made} No trigger word is needed.{caption}"
+    return f"# {in_markdown(facts.name)}\n\n{gallery}{words}"
 
 
 def _warnings(facts: Facts) -> str:
-    found = warning_sentences(facts)
-    if facts.status not in ("", "completed"):
-        found.append(f"The run did not go to its end: {facts.status}.")
-    return "> [!WARNING]\n" + "\n".join(f"> {sentence}" for sentence in found) if found else ""
+    lines = []
+    for one in warnings_in(facts):
+        said, name, more = one.text.partition(one.score) if one.score in facts.judges else (one.text, "", "")
+        lines.append(f"> {in_markdown(said)}" + (f" {code(name)}{in_markdown(more)}" if name else ""))
+    return "> [!WARNING]\n" + "\n>\n".join(lines) if lines else ""
 
 
 def _usage(facts: Facts) -> str:
     comfy = [name for name in facts.files if name.endswith(".safetensors") and name != WEIGHTS]
     model = facts.base or "MODEL"
-    words = f"alignprop sample {model} {shlex.quote(_example(facts))} --adapter {facts.repo_id} --compare"
+    words = f"alignprop sample {in_shell(model)} {in_shell(_example(facts))} --adapter {in_shell(facts.repo_id)}"
     blocks = [
-        f"## Use it\n\nIn diffusers:\n\n```python\n{_code_for_diffusers(facts)}\n```\n\nWithout a network (the file in "
-        f'the cache, `HF_HUB_OFFLINE=1`), add `weight_name="{WEIGHTS}"`.'
+        f"## Use it\n\nIn diffusers:\n\n{fenced('python', _code_for_diffusers(facts))}",
+        f'Without a network (the file in the cache, `HF_HUB_OFFLINE=1`), add `weight_name="{WEIGHTS}"`.',
     ]
     if comfy:
         each = "; it takes one such node for each of the two models" if len(comfy) > 1 else ""
         blocks.append(
-            f"In ComfyUI: put {' and '.join(map(_code, comfy))} into `models/loras` and a *Load LoRA* node behind the "
+            f"In ComfyUI: put {' and '.join(map(code, comfy))} into `models/loras` and a *Load LoRA* node behind the "
             f"one that loads the base model, strength 1.0{each}."
         )
-    blocks.append(
-        f"With {PROJECT}, base and adapter side by side from the same noise:\n\n```bash\n{words}\n```\n\nA strength "
-        f"below 1 (`--scale 0.6`, or `pipe.set_adapters` in diffusers) stays nearer to the base model."
-    )
+    blocks += [
+        f"With {PROJECT}, base and adapter side by side from the same noise:",
+        fenced("bash", f"{words} --compare"),
+        "A strength below 1 (`--scale 0.6`, or `pipe.set_adapters` in diffusers) stays nearer to the base model.",
+    ]
     return "\n\n".join(blocks)
 
 
 def _code_for_diffusers(facts: Facts) -> str:
     lines = ["from diffusers import DiffusionPipeline"]
-    how = f'pipe = DiffusionPipeline.from_pretrained("{facts.base}")'
+    how = f"pipe = DiffusionPipeline.from_pretrained({in_python(facts.base)})"
     if facts.bundled:
         lines = [f"from alignprop_pipe import AlignPropPipeline  # the base model is part of {PROJECT}"]
-        how = f'pipe = AlignPropPipeline.from_pretrained("{facts.base}")'
+        how = f"pipe = AlignPropPipeline.from_pretrained({in_python(facts.base)})"
     elif not facts.base:
         how = 'pipe = DiffusionPipeline.from_pretrained("BASE_MODEL")  # a local model: put yours of the same kind here'
-    given = [_quoted(_example(facts))]
+    given = [in_python(_example(facts))]
     if "image" in facts.parameters:
         lines.append("from diffusers.utils import load_image")
         given.append('image=load_image("picture.png")')
     for name in ("num_inference_steps", "guidance_scale", "height", "width", "negative_prompt"):
         value = facts.config.get("sampling", {}).get(name)
         if value not in (None, "") and name in facts.parameters:
-            given.append(f"{name}={_quoted(value) if isinstance(value, str) else value}")
+            given.append(f"{name}={in_python(value) if isinstance(value, str) else value}")
     result = "frames[0]" if facts.task == "text-to-video" else "images[0]"
     call = f"pipe({', '.join(given)}).{result}"
     shown = "frames" if facts.task == "text-to-video" else "image"
-    return "\n".join([*lines, "", how, f'pipe.load_lora_weights("{facts.repo_id}")', f"{shown} = {call}"])
+    return "\n".join([*lines, "", how, f"pipe.load_lora_weights({in_python(facts.repo_id)})", f"{shown} = {call}"])
 
 
 def _results(facts: Facts) -> str:
@@ -174,7 +171,9 @@ def _results(facts: Facts) -> str:
         return ""
     head = "| score | what it is | before | after | change |\n|---|---|---:|---:|---:|"
     rows = [_row(facts, name, change) for name, change in facts.scores.items()]
-    parts = [f"## Results on held-out prompts\n\n{_of_prompts(facts)}, with the same noise before and after."]
+    parts = [
+        f"## Results on held-out prompts\n\n{in_markdown(_of_prompts(facts))}, with the same noise before and after."
+    ]
     parts.append("\n".join([head, *rows]))
     if any(math.isfinite(change.standard_error) for change in facts.changes.values()):
         parts.append("± is the standard error of the mean paired difference; below two of them a change may be chance.")
@@ -190,7 +189,7 @@ def _results(facts: Facts) -> str:
 def _row(facts: Facts, name: str, change: Change) -> str:
     error = f" ± {change.standard_error:.2g}" if math.isfinite(change.standard_error) else ""
     moved = f"{change.difference:+.3g}{error}" if math.isfinite(change.difference) else "–"
-    return f"| {_cell(name)} | {_kind(facts, name)} | {_text(change.before)} | {_text(change.after)} | {moved} |"
+    return f"| {cell(name)} | {_kind(facts, name)} | {_text(change.before)} | {_text(change.after)} | {moved} |"
 
 
 def _kind(facts: Facts, name: str) -> str:
@@ -207,29 +206,29 @@ def _making(facts: Facts) -> str:
     config = facts.config
     batch = config.get("batch_size", 0) * config.get("gradient_accumulation_steps", 1)
     rows = [
-        ("reward", _code(facts.reward) if facts.reward else ""),
-        ("prompts", _prompts_text(facts)),
-        ("adapter", facts.size),
+        ("reward", cell(facts.reward) if facts.reward else ""),
+        ("prompts", in_markdown(_prompts_text(facts))),
+        ("adapter", in_markdown(facts.size)),
         (
             "optimizer steps",
             f"{facts.steps or ''}" + (f", of which that of step {facts.kept_step} was kept" * _earlier(facts)),
         ),
         ("pictures trained on", f"{facts.steps * batch} ({batch} a step)" if batch and facts.steps else ""),
         ("time", _duration(facts.seconds)),
-        ("device", facts.device),
-        ("gradient", f"through denoising steps {_code(config['truncation'])}" if config.get("truncation") else ""),
+        ("device", in_markdown(facts.device)),
+        ("gradient", f"through denoising steps {cell(config['truncation'])}" if config.get("truncation") else ""),
         ("seed", str(config.get("seed", ""))),
     ]
-    table = "\n".join(f"| {name} | {_line(text)} |" for name, text in rows if text)
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows if text)
     parts = [f"## How it was made\n\n| | |\n|---|---|\n{table}"]
     if CONFIG in facts.files:
         parts.append(
             f"All settings are in [{CONFIG}]({CONFIG}), every step's numbers in [{METRICS}]({METRICS}). The run again:"
-            f"\n\n```bash\n{facts.command}\n```"
+            f"\n\n{fenced('bash', facts.command)}"
         )
     if facts.prompts:
         some = f"The first {len(facts.prompts)} prompts" if facts.num_prompts > len(facts.prompts) else "The prompts"
-        listed = "\n".join(f"- {_code(prompt)}" for prompt in facts.prompts)
+        listed = "\n".join(f"- {code(prompt)}" for prompt in facts.prompts)
         parts.append(f"<details><summary>{some}</summary>\n\n{listed}\n\n</details>")
     return "\n\n".join(parts)
 
@@ -245,7 +244,7 @@ def _limits(facts: Facts) -> str:
     if facts.window:
         lines.insert(
             0,
-            f"It was made for a part of the denoising steps, {_code(facts.window)} of them, and {PROJECT} keeps it to "
+            f"It was made for a part of the denoising steps, {code(facts.window)} of them, and {PROJECT} keeps it to "
             "that part; diffusers and ComfyUI's own loader use it in all of them.",
         )
     if 0 < facts.held_out < 50:
@@ -257,8 +256,8 @@ def _limits(facts: Facts) -> str:
 def _licences(facts: Facts) -> str:
     lines = []
     for one in facts.licences:
-        text = f"[{one.text}]({one.link})" if one.link else one.text
-        lines.append(f"- {one.of}: {text}" + ("" if one.binds else " (only watched)"))
+        text = link(one.text, one.link) if one.link else in_markdown(one.text)
+        lines.append(f"- {in_markdown(one.of)}: {text}" + ("" if one.binds else " (only watched)"))
     words = "The adapter comes under the licence of the model it was made from; what it was trained with is listed too."
     return f"## Licences\n\n{words}\n\n" + "\n".join(lines)
 
@@ -272,7 +271,7 @@ def _files(facts: Facts) -> str:
         SHEET: "held-out prompts before and after",
     }
     rows = [
-        f"| [{name}]({name}) | {about.get(name, 'the adapter, for ComfyUI')} |"
+        f"| {link(name, name)} | {about.get(name, 'the adapter, for ComfyUI')} |"
         for name in facts.files
         if "/" not in name
     ]
@@ -300,17 +299,6 @@ def _example(facts: Facts) -> str:
     return facts.widgets[0][0] if facts.widgets else facts.prompts[0] if facts.prompts else "a photo of a dog"
 
 
-def _fell(change: Change, errors: int = 1) -> bool:
-    spread = change.standard_error if math.isfinite(change.standard_error) else 0.0
-    # Of a score that is 0 or 1, one picture of any number is a change of exactly one standard error, but for rounding.
-    return change.difference < 0 and change.difference <= -errors * spread * (1 - 1e-6)
-
-
-def _numbers(change: Change) -> str:
-    error = f" ± {change.standard_error:.2g}" if math.isfinite(change.standard_error) else ""
-    return f"from {_text(change.before)} to {_text(change.after)} ({change.difference:+.3g}{error})"
-
-
 def _text(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "–"
 
@@ -325,25 +313,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _line(text: str) -> str:
-    """Text that stays in one cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _cell(text: str) -> str:
-    return _line(_code(text))
-
-
-def _code(text: str) -> str:
-    """Text as code, so that nothing in it is read as Markdown or HTML."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split()) or " "
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if "`" in text else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def _quoted(text: str) -> str:
-    """Text as a literal of Python's, in double quotes."""
-    return json.dumps(text.encode("utf-8", "replace").decode(), ensure_ascii=False)

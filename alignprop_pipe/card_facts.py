@@ -11,7 +11,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from alignprop_pipe.bundled import MODELS
 from alignprop_pipe.licences import Licence, base_licence, reward_licences
-from alignprop_pipe.records import Change
+from alignprop_pipe.records import Change, Evidence
 
 PROJECT = "alignprop-pipe"
 PAPER = "https://arxiv.org/abs/2310.03739"
@@ -28,7 +28,8 @@ class Facts:
     `base` is a public id; `prompts` the first ones of `num_prompts`; `source` where they came from; `changes` are
     keyed as the run's scores are; `judges` are the names among them that were never trained on; `diversity` carries
     its own standard error; `mixed` are the adapters that it was mixed of, each with its weight; `window` is the share
-    of the denoising steps that the adapter is for. `widgets` are (prompt, picture's path in the repository).
+    of the denoising steps that the adapter is for. `widgets` are (prompt, picture's path in the repository); `before`
+    and `after` are the looks that the changes come from.
     """
 
     repo_id: str
@@ -54,6 +55,8 @@ class Facts:
     mixed: Sequence[str] = ()
     files: Sequence[str] = ()
     widgets: Sequence[tuple[str, str]] = ()
+    before: Evidence | None = None
+    after: Evidence | None = None
 
     @property
     def scores(self) -> Mapping[str, Change]:
@@ -79,7 +82,8 @@ class Facts:
     def parameters(self) -> Mapping[str, Any]:
         """What the base model's own call takes, by name; empty for a class that this diffusers does not know."""
         kind = getattr(diffusers, self.base_class, None)
-        return {} if kind is None else inspect.signature(kind.__call__).parameters
+        is_pipeline = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+        return inspect.signature(kind.__call__).parameters if is_pipeline else {}
 
     @property
     def task(self) -> str:

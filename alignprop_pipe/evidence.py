@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, pdist
+from torch.nn.functional import adaptive_avg_pool2d
 
 from alignprop_pipe import stock
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.errors import AlignError, PipelineError, PromptError
+from alignprop_pipe.errors import PipelineError, PromptError
 from alignprop_pipe.prompts import PromptSet
-from alignprop_pipe.records import Change, Evidence, Images, PromptBatch, Scores, Videos
+from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
 from alignprop_pipe.rewards.base import Reward, merge_parts
 from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.summary import paired_change as paired_change
 
 DIVERSITY_SIZE = 16
 
@@ -91,31 +92,27 @@ def diversity(images: Images) -> float:
     differences: 0 for equal ones, 1 for black and white, about 0.41 for uniform noise of 16x16. No model is asked.
     The prompts' own differences are in it, so only its change on the same prompts means something.
     """
-    if len(images) < 2:
-        return 0.0
-    small = adaptive_avg_pool2d(images.detach().float().cpu(), DIVERSITY_SIZE).flatten(1)
-    return float(pdist(small).mean() / math.sqrt(small.shape[1]))
+    return float(_distances(images).mean())
 
 
-def paired_change(before: Evidence, after: Evidence) -> Mapping[str, Change]:
-    """How "reward", its parts and the judges changed, by name, over the same prompts and noise.
+def measures_of(images: Images) -> dict[str, tuple[float, ...]]:
+    """What each picture is like: its mean `distance` to the others, its `contrast`, and its `clipped` values.
 
-    The standard error of the mean difference is NaN where there is one picture only. Raises AlignError if the
-    prompts are not the same.
+    The contrast is the root mean square difference of the pixels from the picture's mean colour: 0 for one of a single
+    colour, 0.5 for half black and half white. Clipped is the share of values that 8 bits write as 0 or 255.
     """
-    if before.prompts != after.prompts:
-        raise AlignError("the two evidences are of different prompts; only the same prompts and noise can be compared")
-    shared = [name for name in before.per_prompt if name in after.per_prompt]
-    return {name: _change(before.per_prompt[name], after.per_prompt[name]) for name in shared}
+    pixels = images.detach().float().cpu()
+    contrast = (pixels - pixels.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(1, 2, 3)).sqrt()
+    clipped = ((pixels < 0.5 / 255) | (pixels > 254.5 / 255)).float().mean(dim=(1, 2, 3))
+    found = {"distance": _distances(images), "contrast": contrast, "clipped": clipped}
+    return {name: tuple(values.tolist()) for name, values in found.items()}
 
 
-def _change(before: Sequence[float], after: Sequence[float]) -> Change:
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    mean, count = _mean(differences), len(differences)
-    error = math.nan
-    if count > 1:
-        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
-    return Change(_mean(before), _mean(after), mean, error)
+def _distances(images: Images) -> Tensor:
+    """The mean distance of each picture to the others; see `diversity`."""
+    small = adaptive_avg_pool2d(images.detach().float().cpu(), DIVERSITY_SIZE).flatten(1)
+    apart = torch.cdist(small, small, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(small.shape[1])
+    return apart.sum(dim=1) / max(len(images) - 1, 1)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -185,8 +182,5 @@ def _evidence(
         diversity=diversity(images),
         per_prompt={name: tuple(values.tolist()) for name, values in table.items()},
         images=images,
+        measures=measures_of(images),
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -26,6 +26,8 @@ PROMPTS_SHOWN = 20
 
 FOREIGN = re.compile(r"(ss_|sshs_|.*\.).+|trained_words")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+LONGEST_ID = 200
+"""Of a name on the Hub; a longer text is none, and no file system takes it as a path either."""
 LOCAL_PATHS = (
     re.compile(r"(?<![\w./~-])(?:file://|~)?/(?:[^/\s\"':;,]+/)+"),
     re.compile(r"(?<!\w)[A-Za-z]:(?:\\{1,2}|/)(?:[^\\/\s\"':;,]+(?:\\{1,2}|/))*"),
@@ -191,10 +193,12 @@ def public_id(model: str) -> str:
     path = Path(model)
     for part in path.parts:  # a snapshot in the Hub's cache
         if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
+            name = part.removeprefix("models--").replace("--", "/")
+            return name if HUB_ID.fullmatch(name) else ""
     if path.parent == Path(__file__).parent / "models":
         return path.name
-    is_public = HUB_ID.fullmatch(model) and not path.exists() and path.suffix != ".safetensors"
+    is_name = len(model) <= LONGEST_ID and HUB_ID.fullmatch(model)
+    is_public = is_name and not path.exists() and path.suffix != ".safetensors"
     return model if is_public else ""
 
 

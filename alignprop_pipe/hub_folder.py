@@ -3,32 +3,33 @@
 The same adapter and run give the same bytes, so that pushing again changes nothing.
 """
 
+import contextlib
 import io
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from alignprop_pipe import adapter_files
 from alignprop_pipe.card import model_card
 from alignprop_pipe.card_facts import CONFIG, CURVE, METRICS, SHEET, WEIGHTS, Facts
+from alignprop_pipe.config import FIELD_PATHS, AlignConfig
 from alignprop_pipe.drawings import SMALL, png_bytes
-from alignprop_pipe.errors import AlignError, HubError, RunError
-from alignprop_pipe.evidence import DIVERSITY_SIZE, paired_change
+from alignprop_pipe.errors import AlignError, ConfigError, HubError, RunError
+from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.export_header import PROMPTS_SHOWN, Base, public_id
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
 from alignprop_pipe.privacy import Private
 from alignprop_pipe.prompts import named_sets
 from alignprop_pipe.records import Change, Evidence, StepRecord
 from alignprop_pipe.runs import read_metrics
+from alignprop_pipe.summary import diversity_change, paired_change
 
 WIDGETS = 4
 LARGEST = 768
@@ -144,7 +145,7 @@ def facts_of(repo_id: str, source: Source, run: Run | None, private: Private) ->
     """The card's facts from the adapter's header, and from its run where there is one."""
     header = {key.removeprefix("alignprop."): text for key, text in source.metadata.items()}
     header = {key: private.cleaned(text, typed=key == "trigger_prompts") for key, text in header.items()}
-    config = _json(header.get("config", ""))
+    config = _settings(_json(header.get("config", "")))
     facts = Facts(
         repo_id=repo_id,
         base=public_id(source.base.base_model),
@@ -183,30 +184,11 @@ def public_about(run: Run, source: Source) -> dict[str, Any]:
         "--config",
         CONFIG,
     ]
-    about["command"] = shlex.join(words)
+    about["command"] = " ".join(map(in_shell, words))
     about["started"] = _utc(about.get("started"))
     if isinstance(about.get("result"), dict):
         about["result"] = {**about["result"], "ended": _utc(about["result"].get("ended"))}
     return about
-
-
-def diversity_change(before: Evidence, after: Evidence, pictures: Sequence[Sequence[Path]]) -> Change:
-    """How the diversity changed; its standard error by the jackknife over the pictures, NaN where they are gone.
-
-    Each picture is left out in turn (Efron and Stein, 1981): the pairs of a mean over all pairs are not independent.
-    """
-    change = (before.diversity, after.diversity, after.diversity - before.diversity)
-    first, last = pictures
-    count = len(first)
-    if count < 3 or count != len(last):
-        return Change(*change, math.nan)
-    try:
-        apart = _distances(last) - _distances(first)
-    except (OSError, ValueError):
-        return Change(*change, math.nan)
-    left_out = (apart.sum() / 2 - apart.sum(axis=1)) / ((count - 1) * (count - 2) / 2)
-    error = math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
-    return Change(*change, error)
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
@@ -265,16 +247,16 @@ def _redone(path: Path, chunks: Mapping[str, str], *, widget: bool = False) -> b
 def _with_run(facts: Facts, run: Run) -> Facts:
     before, after = run.before, run.after
     prompts = run.about.get("prompts", "")
-    listed = tuple(prompts) if isinstance(prompts, list) else ()
+    listed = tuple(map(str, prompts)) if isinstance(prompts, list) else ()
     facts = replace(
         facts,
-        reward=run.about.get("calibrated_reward") or run.about.get("reward") or facts.reward,
+        reward=str(run.about.get("calibrated_reward") or run.about.get("reward") or facts.reward),
         source=_source_of(prompts) if isinstance(prompts, str) else "",
         prompts=facts.prompts or listed[:PROMPTS_SHOWN],
         num_prompts=facts.num_prompts or len(listed),
-        config=run.about["config"],
+        config=_settings(run.about["config"]),
         command=str(run.about.get("command", "")),
-        status=run.about.get("result", {}).get("status", "it was still running, or was stopped from outside"),
+        status=str(_table(run.about, "result").get("status", "it was still running, or was stopped from outside")),
         steps=run.steps or facts.steps,
         seconds=run.seconds,
         device=str(run.about.get("device", "")),
@@ -291,7 +273,9 @@ def _with_run(facts: Facts, run: Run) -> Facts:
         changes=changes,
         judges=tuple(after.judges),
         kept_step=after.step,
-        diversity=diversity_change(before, after, (run.pictures("before"), run.pictures("after"))),
+        diversity=diversity_change(before, after),
+        before=before,
+        after=after,
     )
 
 
@@ -304,16 +288,21 @@ def _source_of(prompts: str) -> str:
 
 
 def _changes_of_header(header: Mapping[str, str]) -> dict[str, Change]:
-    """Means before and after without their spread, which a header does not hold."""
+    """Means before and after, and the standard error where the header holds it."""
     changes = {}
-    for name, pair in _json(header.get("scores", "")).items():
-        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, int | float) for value in pair):
-            changes[name] = Change(pair[0], pair[1], pair[1] - pair[0], math.nan)
+    for name, given in _json(header.get("scores", "")).items():
+        if not isinstance(given, list) or len(given) not in (2, 3):
+            continue
+        try:
+            before, after, error = map(float, [*given, math.nan][:3])
+        except (TypeError, ValueError, OverflowError):
+            continue
+        changes[name] = Change(before, after, after - before, error)
     return changes
 
 
 def _judges_of_header(header: Mapping[str, str], config: Mapping[str, Any]) -> tuple[str, ...]:
-    judges = [str(judge).partition("(")[0] for judge in config.get("evaluation", {}).get("judges", ())]
+    judges = [judge.partition("(")[0] for judge in _table(config, "evaluation").get("judges", ())]
     return tuple(name for name in _json(header.get("scores", "")) if name.partition(".")[0] in judges)
 
 
@@ -326,33 +315,42 @@ def _size(source: Source) -> str:
     return "LoRA of " + "; ".join(parts)
 
 
-def _distances(paths: Sequence[Path]) -> np.ndarray:
-    """Root mean square differences of all pairs of pictures, as `evidence.diversity` takes them."""
-    small = []
-    for path in paths:
-        with Image.open(path) as image:
-            shown = image.convert("RGB").resize((DIVERSITY_SIZE, DIVERSITY_SIZE), Image.Resampling.BOX)
-        small.append(np.asarray(shown, dtype=np.float64).ravel() / 255)
-    points = torch.tensor(np.stack(small))
-    return (torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[1] ** 0.5).numpy()
-
-
 def _mixed(text: str) -> tuple[str, ...]:
     """`0.6 of a`, for every adapter of a mix."""
     parts = _json(f'{{"parts": {text}}}').get("parts") if text else None
-    return tuple(f"{one.get('weight')} of {one.get('adapter')}" for one in parts or () if isinstance(one, dict))
+    listed = parts if isinstance(parts, list) else []
+    return tuple(f"{one.get('weight')} of {one.get('adapter')}" for one in listed if isinstance(one, dict))
 
 
 def _json(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration that anybody may have written, the settings that this version knows and takes."""
+    found: dict[str, Any] = {}
+    for name, (part, _) in FIELD_PATHS.items():
+        inside = given if part is None else _table(given, part)
+        if name not in inside:
+            continue
+        with contextlib.suppress(ConfigError):
+            taken = AlignConfig().replace(**{name: inside[name]}).to_dict()
+            home, source = (found, taken) if part is None else (found.setdefault(part, {}), taken[part])
+            home[name] = source[name]
+    return found
+
+
 def _whole(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
 def _utc(text: Any) -> str:

@@ -114,10 +114,10 @@ def _reward_licence(kind: str, name: str, other: Any) -> Licence:
 
 def _cached(model: str) -> str:
     """The licence in the model's card, where the Hub's cache holds it; nothing is downloaded."""
-    path = try_to_load_from_cache(model, "README.md")
-    if not isinstance(path, str):
-        return ""
     try:
+        path = try_to_load_from_cache(model, "README.md")
+        if not isinstance(path, str):
+            return ""
         data: Any = ModelCard.load(path, ignore_metadata_errors=True).data
     except (OSError, ValueError):
         return ""

@@ -5,6 +5,7 @@ pipeline takes this one, and pictures, files and arguments stay the stock ones.
 """
 
 import logging
+import math
 import os
 import shlex
 import signal
@@ -39,6 +40,7 @@ from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder
 from alignprop_pipe.single_file import load_single_file
 from alignprop_pipe.sources import exists, hub_hint, on_hub
+from alignprop_pipe.summary import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -323,6 +325,10 @@ class Session:
     run: RunFolder | None = None
     history: list[StepRecord] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.config.loss)
 
     @property
     def steps(self) -> int:
@@ -330,8 +336,13 @@ class Session:
         return self.history[-1].step if self.history else 0
 
     def remember(self, record: StepRecord) -> None:
-        """Append a record; of the looks, only the first and the kept one hold on to their pictures."""
+        """Append a record; of the looks, only the first and the kept one hold on to their pictures.
+
+        What its look warns of is told at once, so that a run that goes wrong can be ended.
+        """
         record = replace(record, images=None)
+        for warning in self.watch.first_at(record):
+            logger.warning("step %d: %s", record.step, warning.text, extra={"run_warning": warning.kind})
         self.history.append(record)
         kept = kept_evidence(self.history, self.config)
         for number, old in enumerate(self.history[1:], start=1):
@@ -390,7 +401,10 @@ def conclude(session: Session, interrupted: bool, status: str = "") -> AlignResu
 
 def adapter_metadata(session: Session, changes: Mapping[str, Change]) -> dict[str, str]:
     """What the adapter's header says of the run."""
-    scores = {name: [round(change.before, 4), round(change.after, 4)] for name, change in changes.items()}
+    scores = {
+        name: [float(f"{number:.5g}") for number in (before, after, error) if not math.isnan(number)]
+        for name, (before, after, _, error) in changes.items()
+    }
     return export.describe(
         session.pipe,
         reward=str(session.reward),

@@ -61,7 +61,7 @@ class Private:
         """
         for token in self.tokens:
             text = text.replace(token, "***")
-        text = TOKEN.sub("***", text)
+        text = TOKEN.sub("***", text.replace("\0", ""))
         if WHOLE_PATH.fullmatch(text):
             text = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
         for number, name in enumerate(self.public):

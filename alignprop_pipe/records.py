@@ -46,7 +46,9 @@ class Evidence:
     `reward`, `parts` and `judges` are means over the prompts; `per_prompt` holds the single values, in the order of
     `prompts`, under the same names ("reward" for the total). A judge stands under its own name, and what it logs
     besides under theirs; a name that is taken gets a number ("clip_2"). `diversity` is the mean distance of all pairs
-    of pictures (see `evidence.diversity`). Of videos, `images` holds the middle frames.
+    of pictures (see `evidence.diversity`). Of videos, `images` holds the middle frames. `measures` say what the
+    pictures are like, whatever the reward, one value per prompt: `distance` to the other pictures, whose mean is the
+    diversity, `contrast`, and the `clipped` share of their values (see `evidence.measures_of`).
     """
 
     step: int
@@ -57,6 +59,7 @@ class Evidence:
     diversity: float
     per_prompt: Mapping[str, tuple[float, ...]]
     images: Images | None = None
+    measures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,25 @@
 """A run's numbers -> words that claim no more than they show, and one HTML file that opens without a network.
 
-Changes come with the standard error of the paired differences; a judge that falls while the reward rises, or pictures
-that become alike, are said at the top.
+Changes come with the standard error of the paired differences; what `summary` warns of is said at the top.
 """
 
 import base64
 import math
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from alignprop_pipe.choices import loss_from_text
 from alignprop_pipe.config import FIELD_PATHS, AlignConfig
+from alignprop_pipe.escaping import in_html as escape
+from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.files import write_whole
 from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.summary import warnings_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +76,6 @@ def summary_sentences(before: Evidence, after: Evidence, changes: Mapping[str, C
     return sentences
 
 
-def warning_sentences(before: Evidence, after: Evidence, changes: Mapping[str, Change]) -> list[str]:
-    """Signs that the reward was gamed rather than met, as plain text; none where there are none."""
-    found = []
-    reward = changes.get("reward")
-    fallen = [name for name in after.judges if name in changes and _fell(name, changes[name])]
-    if reward is not None and reward.difference > 0 and fallen:
-        found.append(
-            f"The reward rose while {' and '.join(fallen)} fell: the adapter may please the reward without making "
-            "better pictures. Look at the pictures; try fewer steps, a lower learning rate or a distance_weight."
-        )
-    if before.diversity > 0 and after.diversity < 0.8 * before.diversity:
-        found.append(
-            f"Diversity fell by {1 - after.diversity / before.diversity:.0%}: pictures of different prompts have "
-            "become more alike. Try fewer steps, truncation 'random' or a distance_weight."
-        )
-    return found
-
-
-def _fell(name: str, change: Change) -> bool:
-    # One standard error is little proof, and enough for a warning; a judge's single attributes ("judge.count") are
-    # several, so that one of them would fall as far by chance in every other run.
-    errors = 2 if "." in name else 1
-    return change.difference < -errors * _or_zero(change.standard_error)
-
-
 def _moved(change: Change) -> str:
     """'rose from 0.58 to 0.71 (+0.13 ± 0.04)'; a difference under two standard errors is called what it is."""
     numbers = f"from {_text(change.before)} to {_text(change.after)}"
@@ -126,10 +102,11 @@ def _text(value: float | None, digits: int = 4) -> str:
 def write_report_html(run: RunSummary, path: str | Path) -> None:
     """Write one self-contained file: no script, nothing loaded from elsewhere, light and dark. Raises RunError."""
     about, before, after = run.about, run.before, run.after
-    sentences, warnings = ["No held-out evidence was taken in this run."], []
+    sentences = ["No held-out evidence was taken in this run."]
     if before is not None and after is not None:
         sentences = summary_sentences(before, after, run.changes)
-        warnings = warning_sentences(before, after, run.changes)
+    loss = loss_from_text(about["config"]["loss"])
+    warnings = [one.text for one in warnings_of(before, after, run.changes, loss=loss, status=run.status)]
     prompts = about["prompts"]
     where = f"prompts: {prompts}" if isinstance(prompts, str) else f"{len(prompts)} prompts, listed in config.json"
     steps = f"{len(run.records)} step{'s' * (len(run.records) != 1)}"
@@ -234,7 +211,7 @@ def _usage(run: RunSummary) -> str:
     model, folder = run.about["model"] or "MODEL", run.folder
     prompt = run.after.prompts[0] if run.after and run.after.prompts else "a prompt"
     file = f"{folder}/adapter.safetensors"
-    shell = f"alignprop sample {shlex.quote(model)} {shlex.quote(prompt)} --adapter {shlex.quote(file)} --compare"
+    shell = f"alignprop sample {in_shell(model)} {in_shell(prompt)} --adapter {in_shell(file)} --compare"
     name, imported = repr(model), ""
     if "/" not in model:  # the name of a bundled model, whose folder only the package knows
         imported, name = "from alignprop_pipe.bundled import resolve_model\n", f"resolve_model({model!r})"
@@ -245,7 +222,7 @@ def _usage(run: RunSummary) -> str:
     blocks = [("On the command line", shell), ("In diffusers", code)]
     if "adapter-comfyui.safetensors" in run.adapters:
         comfy = (
-            f"copy {folder}/adapter-comfyui.safetensors to ComfyUI/models/loras/\n"
+            f"copy {in_shell(f'{folder}/adapter-comfyui.safetensors')} to ComfyUI/models/loras/\n"
             "add a Load LoRA node after Load Checkpoint, strength 1.0"
         )
         blocks.append(("In ComfyUI", comfy))

@@ -1,6 +1,5 @@
 """What `align` gives back: the adapter, the history, and the evidence that it made the pictures better."""
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +7,9 @@ from pathlib import Path
 
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.evidence import paired_change
+from alignprop_pipe.escaping import in_html, one_line
 from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.summary import RunWarning, paired_change, warnings_of
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -39,8 +39,13 @@ class AlignResult:
         """Optimizer steps that were taken."""
         return self.history[-1].step if self.history else 0
 
+    @property
+    def warnings(self) -> tuple[RunWarning, ...]:
+        """What the evidence warns of, the worst first, such as an adapter that is worse than the base model."""
+        return warnings_of(self.before, self.after, self.changes, loss=self.config.loss)
+
     def rows(self) -> list[tuple[str, str]]:
-        """The result in words, as pairs for a table."""
+        """The result in words, as pairs for a table; the warnings are the last of them."""
         rows = [("reward", self.reward), ("steps", f"{self.steps} in {self.seconds:.0f} s")]
         if self.stopped:
             rows.append(("stopped", self.stopped))
@@ -49,14 +54,14 @@ class AlignResult:
             rows.append(("held-out diversity", f"{self.before.diversity:.3f} -> {self.after.diversity:.3f}"))
         if self.run_folder is not None:
             rows.append(("run folder", str(self.run_folder)))
-        return rows
+        return rows + [("warning", warning.text) for warning in self.warnings]
 
     def __repr__(self) -> str:
-        lines = [f"  {name}: {text}" for name, text in self.rows()]
+        lines = [f"  {one_line(name)}: {one_line(text)}" for name, text in self.rows()]
         return "\n".join(["AlignResult", *lines])
 
     def _repr_html_(self) -> str:
-        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in self.rows())
+        cells = (f"<tr><th>{in_html(name)}</th><td>{in_html(text)}</td></tr>" for name, text in self.rows())
         return f"<table>{''.join(cells)}</table>"
 
 

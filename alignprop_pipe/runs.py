@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignprop_pipe import drawings, report
+from alignprop_pipe.choices import loss_from_text
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, write_whole
 from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.summary import warnings_of
 
 When = Literal["before", "during", "after"]
 
@@ -170,15 +172,18 @@ class RunFolder:
             RunError: a file cannot be written.
         """
         named = {name: Change(*numbers) for name, numbers in (changes or {}).items()}
+        before, after = self.before, self.after
+        loss = loss_from_text(self.about["config"]["loss"])
+        warnings = warnings_of(before, after, named, loss=loss, status=status)
         self.about["result"] = {
             "status": status,
             "ended": _now(),
             "steps": len(self.steps),
             "skipped": sum(record.skipped for record in self.steps),
             "held_out": {name: _plain(change._asdict()) for name, change in named.items()},
+            "warnings": [dataclasses.asdict(warning) for warning in warnings],
         }
         self._write_config()
-        before, after = self.before, self.after
         if before is not None and after is not None and before.images is not None and after.images is not None:
             if self._after is None:
                 self._write_samples(after, "after")
@@ -363,6 +368,7 @@ def _evidence(data: Mapping[str, Any]) -> Evidence:
         judges=_numbers(data["judges"]),
         diversity=_number(data["diversity"]),
         per_prompt={name: tuple(map(_number, values)) for name, values in data["per_prompt"].items()},
+        measures={name: tuple(map(_number, values)) for name, values in data.get("measures", {}).items()},
     )
 
 

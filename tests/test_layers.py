@@ -13,10 +13,12 @@ PACKAGE = Path(alignprop_pipe.__file__).parent
 # An import points to a lower number. After the dot: the order inside a folder or a group of files.
 LAYERS = {
     "errors": 0,
+    "escaping": 0,
     "choices": 1.0,
     "config_fields": 1.1,
     "config": 1.2,
     "records": 1,
+    "summary": 1.3,
     "seeds": 1,
     "files": 1,
     "bundled": 1,

@@ -14,7 +14,7 @@ from test_runs import look, new_run, record
 
 from alignprop_pipe import drawings
 from alignprop_pipe.records import Change
-from alignprop_pipe.report import summary_sentences, warning_sentences
+from alignprop_pipe.report import summary_sentences
 
 NASTY = "<script>alert(\"x\")</script> & '$title ${command}' <img src=http://a.b/c onerror=x>"
 
@@ -102,25 +102,15 @@ def test_a_run_without_pictures_or_adapter_has_a_page(tmp_path):
 # --- the words -------------------------------------------------------------------------------------------------------
 
 
-def test_a_judge_that_falls_while_the_reward_rises_is_said():
-    changes = {"reward": Change(1.0, 2.0, 1.0, 0.1), "emoji_judge": Change(0.6, 0.5, -0.1, 0.03)}
-    (warning,) = warning_sentences(look(0), look(1), changes)
-    assert "emoji_judge fell" in warning
-    assert not warning_sentences(look(0), look(1), {**changes, "emoji_judge": Change(0.6, 0.7, 0.1, 0.03)})
-    assert not warning_sentences(look(0), look(1), {**changes, "reward": Change(2.0, 1.0, -1.0, 0.1)})
-    assert not warning_sentences(look(0), look(1), {**changes, "emoji_judge": Change(0.6, 0.59, -0.01, 0.03)})
-
-
 def test_the_warning_stands_on_the_page(tmp_path):
     text = report_of(tmp_path, changes={"reward": (1.0, 2.0, 1.0, 0.1), "emoji_judge": (0.6, 0.5, -0.1, 0.03)})
     assert 'role="alert"' in text
     assert 'role="alert"' not in report_of(tmp_path / "other")
 
 
-@pytest.mark.parametrize(("after", "warned"), [(0.23, True), (0.25, False), (0.4, False), (math.nan, False)])
-def test_a_loss_of_diversity_is_said(after, warned):
-    found = warning_sentences(look(0), dataclasses.replace(look(1), diversity=after), {})
-    assert bool(found) == warned
+def test_a_reward_that_fell_is_said_at_the_top(tmp_path):
+    page = "".join(Page(report_of(tmp_path, changes={"reward": (1.0, 0.5, -0.5, 0.1)})).text)
+    assert "The adapter is worse than the base model by the run's own evidence" in page[: page.index("The reward fell")]
 
 
 def test_a_difference_within_its_error_is_no_claim():

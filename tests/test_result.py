@@ -64,6 +64,7 @@ def test_repr_says_what_changed() -> None:
         "  held-out reward: 1.500 -> 3.500 (+2.000 +- 1.000)",
         "  held-out clip: 1.500 -> 3.500 (+2.000 +- 1.000)",
         "  held-out diversity: 0.250 -> 0.250",
+        "  warning: The evidence is of 2 pictures: what changed may be chance.",
     ]
 
 
@@ -72,7 +73,9 @@ def test_repr_of_a_run_that_ended_early_and_of_one_that_looked_at_nothing() -> N
     assert "stopped: interrupted after 2 of 9 steps" in text
     assert f"run folder: {Path('runs/a')}" in text
     bare = result(before=None, after=None, changes={}, history=())
-    assert repr(bare).splitlines() == ["AlignResult", "  reward: clip < 1 & tv", "  steps: 0 in 12 s"]
+    first, second, third, warning = repr(bare).splitlines()
+    assert (first, second, third) == ("AlignResult", "  reward: clip < 1 & tv", "  steps: 0 in 12 s")
+    assert warning.startswith("  warning: Nothing was measured on held-out prompts")
     assert bare.steps == 0
 
 
