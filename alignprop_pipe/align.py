@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alignprop_pipe import lora, stock
 from alignprop_pipe.choices import Hinge
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.errors import ConfigError, RewardError, TrainingDiverged
+from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, TrainingDiverged
 from alignprop_pipe.evidence import Rendered, assess, render
 from alignprop_pipe.loss import loss_of
 from alignprop_pipe.prompts import PromptSet
@@ -115,6 +115,8 @@ def start(
     denoisers = stock.denoisers(pipe)
     stock.call_parameters(pipe)  # refuses a pipeline without prompts
     stock.refuse_inference_weights(pipe)
+    if reason := lora.obstacle(stock.components(pipe), denoisers):
+        raise PipelineError(reason)
     device = stock.device_of(pipe)
     train, held_out = prompts.split(config.evaluation.eval_prompts, config.seed)
     # A configuration that was read from a file has been searched for code by then.
@@ -128,6 +130,7 @@ def start(
         reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
         config = config.replace(judges=tuple(str(judge) for judge in judges))
         base_pictures = base_pictures if drawn_for is held_out else []
+    lora.detach(stock.components(pipe))  # one that was loaded may have layers in a text encoder too
     lora.attach(denoisers, config.lora, config.seed)
     parameters = lora.trainable(denoisers)
     for parameter in parameters:
@@ -165,8 +168,8 @@ def draw_base(
         batch = train.batch(config.seed, 0, USUAL_FOR_STATISTICS)
         prompts = PromptSet(tuple(batch.prompts), {name: tuple(values) for name, values in batch.targets.items()})
     with ExitStack() as base, stock.guards_off(pipe):
-        for denoiser in stock.denoisers(pipe).values():
-            base.enter_context(lora.adapter_off(denoiser))
+        for network in stock.components(pipe).values():
+            base.enter_context(lora.adapter_off(network))
         drawn = [replace(part, videos=part.videos.cpu()) for part in render(pipe, prompts, config, **call_kwargs)]
     return prompts, drawn
 

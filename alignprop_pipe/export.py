@@ -15,24 +15,19 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.peft_utils import (
-    delete_adapter_layers,
-    recurse_remove_peft_layers,
-    set_adapter_layers,
-    set_weights_and_activate_adapters,
-)
+from diffusers.utils.peft_utils import set_adapter_layers, set_weights_and_activate_adapters
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from alignprop_pipe import adapter_files, hub, stock, windows
+from alignprop_pipe import adapter_files, hub, lora, stock, windows
 from alignprop_pipe.adapter import Adapter, Format
 from alignprop_pipe.choices import Window, window_from_text
 from alignprop_pipe.errors import AdapterError, ConfigError
 from alignprop_pipe.export_header import Base, base_of
 from alignprop_pipe.export_header import describe as describe
 from alignprop_pipe.export_keys import Factors, Layers, common_shape, layers_from, misfit, named_for, networks
-from alignprop_pipe.lora import ADAPTER_NAME, forget_window
+from alignprop_pipe.lora import ADAPTER_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +71,7 @@ def load_adapter(
     """Put an adapter on `pipe`, active at `scale`, in place of one that was loaded or trained before.
 
     Reads our files, and LoRA files of diffusers and kohya for the same base model; alpha is honoured. Other adapters
-    stay loaded but are switched off.
+    stay loaded but are switched off, as `pipe.set_adapters` does; which is told.
 
     Args:
         pipe: any diffusers pipeline.
@@ -87,7 +82,8 @@ def load_adapter(
         revision: branch, tag or commit of a name on the Hub.
 
     Raises:
-        AdapterError: the file is missing, damaged, a pickle, or made for another model; the pipeline is as it was.
+        AdapterError: the file is missing, damaged, a pickle, or made for another model; or `pipe` is in a state in
+            which an adapter has no effect (fused LoRAs or projections). The pipeline is as it was.
         ConfigError: `window` is none.
     """
     if not math.isfinite(scale):
@@ -97,12 +93,21 @@ def load_adapter(
         layers, base, header, called = named_for(pipe, source.layers), source.base, source.metadata, "the adapter"
     else:
         layers, base, header, called = _read(pipe, adapter_files.located(hub.local(source, revision)))
+    if reason := lora.obstacle(networks(pipe), layers):
+        raise AdapterError(reason)
     _fitting(pipe, layers, base, called)
     chosen = _window_in(header, called) if chosen is None else chosen
     if not chosen.is_whole:
         _check_window(pipe, layers, chosen, called)
+    others = [other for other in lora.active_others(pipe) if not other.is_fused]
     _put_on(pipe, layers, scale, chosen, called)
     _tell_of_another_base(pipe, base, called)
+    if others:
+        logger.warning("switched off for %s: LoRA %s; pipe.set_adapters([...]) uses several together", called,
+                       ", ".join(map(str, others)))  # fmt: skip
+    trained_with = header.get("alignprop.trained_with") or header.get("trained_with")
+    if trained_with:
+        logger.warning("%s was trained on top of other LoRAs and belongs with them: %.400r", called, trained_with)
 
 
 def _tell_of_another_base(pipe: DiffusionPipeline, made_for: Base, called: str) -> None:
@@ -154,19 +159,19 @@ def _check_window(pipe: DiffusionPipeline, layers: Collection[str], chosen: Wind
 
 def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, chosen: Window, called: str) -> None:
     parts = networks(pipe)
-    required = [(parameter, parameter.requires_grad) for name in adapter for parameter in parts[name].parameters()]
-    for part in parts.values():
-        _remove(part)
+    required = [(parameter, parameter.requires_grad) for part in parts.values() for parameter in part.parameters()]
+    lora.detach(parts)
     try:
         for name, layers in adapter.items():
             _install(pipe, parts[name], layers)
+            lora.mark(parts[name], called)
             set_adapter_layers(parts[name], enabled=True)
-            set_weights_and_activate_adapters(parts[name], [ADAPTER_NAME], [scale])
+        for part in parts.values():
+            set_weights_and_activate_adapters(part, [ADAPTER_NAME], [scale])
         if not chosen.is_whole:
             windows.put_on(pipe, {name: parts[name] for name in adapter}, chosen)
     except Exception as error:
-        for part in parts.values():
-            _remove(part)
+        lora.detach(parts)
         raise AdapterError(
             f"{called} could not be put on {type(pipe).__name__}, which is without adapter now: {error}"
         ) from error
@@ -177,8 +182,7 @@ def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, chosen: Wind
 
 def remove_adapter(pipe: DiffusionPipeline) -> None:
     """Take our adapter off every network of `pipe`; other adapters stay."""
-    for part in networks(pipe).values():
-        _remove(part)
+    lora.detach(networks(pipe))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -232,14 +236,3 @@ def _install(pipe: DiffusionPipeline, part: nn.Module, layers: Mapping[str, Fact
     for layer in part.modules():
         if isinstance(layer, LoraLayer):
             layer.train(part.training)
-
-
-def _remove(part: nn.Module) -> None:
-    """Take our adapter away; without any other the component is the stock one again."""
-    forget_window(part)
-    if ADAPTER_NAME not in getattr(part, "peft_config", {}):
-        return
-    delete_adapter_layers(part, ADAPTER_NAME)
-    if not getattr(part, "peft_config", {}):
-        recurse_remove_peft_layers(part)
-        part._hf_peft_config_loaded = False  # type: ignore[assignment]  # as diffusers does

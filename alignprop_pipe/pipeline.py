@@ -30,7 +30,7 @@ from alignprop_pipe.align import start, steps_of
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
-from alignprop_pipe.errors import PipelineError
+from alignprop_pipe.errors import AdapterError, PipelineError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
@@ -163,10 +163,25 @@ class AlignPropPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write the base model in diffusers' folder format, and the adapter, if there is one, as a file in it.
 
-        Stock diffusers opens the folder; `load_lora_weights(save_directory)` there puts the adapter on.
+        Stock diffusers opens the folder; `load_lora_weights(save_directory)` there puts the adapter on. What
+        `fuse_lora` has put into the weights is in them there too, our adapter as well, which then gets no file. Other
+        LoRAs stay out, which is told. Raises AdapterError for an adapter that is fused in some components alone.
         """
-        if lora.trainable(stock.components(self)):
+        beside, fused = lora.unfused_and_fused(stock.components(self))
+        if lora.ADAPTER_NAME in beside & fused:
+            raise AdapterError(
+                "the adapter is fused in some components and in others not: call pipe.unfuse_lora() first, or "
+                "pipe.fuse_lora() to fuse all of it"
+            )
+        if lora.ADAPTER_NAME in beside:
             export.save_adapter(self, Path(save_directory) / LORA_WEIGHT_NAME_SAFE, format="diffusers")
+        if left_out := sorted(beside - {lora.ADAPTER_NAME}):
+            logger.warning(
+                "LoRA %s is not in the folder, which holds the base model%s; pipe.fuse_lora() before puts it into the "
+                "weights",
+                " and ".join(map(repr, left_out)),
+                " and our adapter" if lora.ADAPTER_NAME in beside else "",
+            )
         with lora.taken_out(stock.components(self).values()):
             super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -269,6 +284,15 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> N
             'such as clip(model="openai/clip-vit-large-patch14")',
             " and ".join(dict.fromkeys(emoji_only)),
         )
+    source = lora.held(stock.components(pipe).values())
+    if source not in ("", lora.TRAINED):
+        logger.warning(
+            "%s, which was loaded, is taken off: a run starts from the base model. To train on top of it, load it with "
+            "load_lora_weights(..., adapter_name='mine')",
+            source,
+        )
+    for other in lora.active_others(pipe):
+        logger.warning("trained on top of LoRA %s: the adapter belongs with it, use them together", other)
     for guard in stock.guards_on(pipe):
         logger.warning("%s is switched off while training, because it stops the gradient; it is back afterwards", guard)
     lost = {prompt: words for prompt in prompts.prompts if (words := stock.lost_words(pipe, prompt))}
@@ -405,7 +429,9 @@ def adapter_metadata(session: Session, changes: Mapping[str, Change]) -> dict[st
         name: [float(f"{number:.5g}") for number in (before, after, error) if not math.isnan(number)]
         for name, (before, after, _, error) in changes.items()
     }
-    return export.describe(
+    others = "; ".join(map(str, lora.active_others(session.pipe)))
+    trained_with = {"trained_with": others} if others else {}
+    return trained_with | export.describe(
         session.pipe,
         reward=str(session.reward),
         config=session.config.to_json(),

@@ -52,6 +52,8 @@ class AlignResult:
         rows += [(f"held-out {name}", change_text(change)) for name, change in self.changes.items()]
         if self.before is not None and self.after is not None:
             rows.append(("held-out diversity", f"{self.before.diversity:.3f} -> {self.after.diversity:.3f}"))
+        if "trained_with" in self.adapter.metadata:
+            rows.append(("trained on top of", self.adapter.metadata["trained_with"]))
         if self.run_folder is not None:
             rows.append(("run folder", str(self.run_folder)))
         return rows + [("warning", warning.text) for warning in self.warnings]

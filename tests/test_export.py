@@ -22,7 +22,7 @@ from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.errors import AdapterError, RunError
 from alignprop_pipe.export import load_adapter, read_metadata, save_adapter
 from alignprop_pipe.export_keys import Factors, comfyui_keys, diffusers_keys, layers_from
-from alignprop_pipe.lora import ADAPTER_NAME, attention_linears
+from alignprop_pipe.lora import ADAPTER_NAME, TRAINED, attention_linears, mark
 
 BASE = sd15()
 """Never written to: `fresh` shares all of it but the denoiser."""
@@ -51,6 +51,8 @@ def trained(pipe: Any, rank: int = 3, alpha: Any = 5.0, name: str = ADAPTER_NAME
             warnings.simplefilter("ignore", UserWarning)
             inject_adapter_in_model(config, part, name)
         part._hf_peft_config_loaded = True
+        if name == ADAPTER_NAME:
+            mark(part, TRAINED)
         for path, parameter in part.named_parameters():
             if f".{name}." in path:
                 parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)

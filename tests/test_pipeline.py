@@ -26,7 +26,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from alignprop_pipe import AlignPropPipeline, lora, stock
+from alignprop_pipe import Adapter, AlignPropPipeline, export, lora, stock
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.config import PRESETS, LoraOptions
 from alignprop_pipe.errors import (
@@ -40,6 +40,7 @@ from alignprop_pipe.errors import (
     RewardValueError,
     RunError,
 )
+from alignprop_pipe.factors import Factors
 from alignprop_pipe.pipeline import aligned_class, known_types, stock_class, tell_about
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards.registry import as_reward
@@ -474,6 +475,80 @@ def test_the_lora_of_a_user_stays_active(how: str) -> None:
     assert not any(now[name].requires_grad for name in style)
     lora.detach(stock.denoisers(pipe))
     assert torch.equal(pictures(pipe), drawn)
+
+
+def test_another_lora_is_named_wherever_the_adapter_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe, _ = with_style()
+    pipe.set_adapters(["style"], [0.8])
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        result = align(pipe, out=tmp_path / "run")
+    assert "trained on top of LoRA 'style' in unet (0.8): the adapter belongs with it" in caplog.text
+    assert export.read_metadata(tmp_path / "run")["alignprop.trained_with"] == "'style' in unet (0.8)"
+    assert "'style' in unet (0.8)" in str(result)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        with_style()[0].load_adapter(tmp_path / "run")
+    assert "switched off for adapter.safetensors: LoRA 'style' in unet (1)" in caplog.text
+    assert "adapter.safetensors was trained on top of other LoRAs and belongs with them" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert "LoRA 'style' is not in the folder" in caplog.text
+    pipe, _ = with_style()
+    pipe.fuse_lora(lora_scale=0.5)
+    assert lora.active_others(pipe) == [lora.OtherLora("unet", "style", 0.5, True)]
+    pipe.unload_lora_weights()
+    assert lora.active_others(pipe) == [lora.OtherLora("the weights", "style", None, True)]
+    assert "fused" in str(align(pipe))
+
+
+def test_a_loaded_adapter_is_not_dropped_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = aligned()
+    adapter = align(pipe).adapter
+    pipe.load_adapter(adapter)
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        align(pipe)
+    assert "the adapter, which was loaded, is taken off: a run starts from the base model" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "alignprop_pipe"):
+        align(pipe)  # in place of one of an earlier run, as `align` says
+    assert "taken off" not in caplog.text
+
+
+def test_all_of_a_loaded_adapter_goes_when_a_run_starts() -> None:
+    """Its layers in a text encoder too."""
+    pipe, both = aligned(), aligned()
+    both.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "style")
+    text = {
+        path: Factors(layer.lora_A["style"].weight.detach(), layer.lora_B["style"].weight.detach(), 2.0)
+        for path, layer in both.text_encoder.named_modules()
+        if "style" in getattr(layer, "lora_A", ())
+    }
+    wanted = align(pipe).adapter
+    mixed = Adapter({**wanted.layers, "text_encoder": text}, wanted.base)
+    pipe.load_adapter(mixed)
+    result = align(pipe, "zscore(brightness)")
+    fresh = align(aligned(), "zscore(brightness)")
+    assert result.reward == fresh.reward  # measured on the base model
+    assert result.adapter.keys() == fresh.adapter.keys()
+    assert all(torch.equal(weight, fresh.adapter[name]) for name, weight in result.adapter.items())
+
+
+@pytest.mark.parametrize("where", ["unet", "text_encoder"])
+def test_a_lora_of_a_user_by_our_name_is_refused(where: str) -> None:
+    pipe = aligned()
+    adapter = align(aligned()).adapter
+    targets = ["to_k"] if where == "unet" else ["q_proj"]
+    getattr(pipe, where).add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "alignprop")
+    drawn = pictures(pipe)
+    words = rf"{where} holds a LoRA of yours under the name 'alignprop'.*adapter_name='mine'.*delete_adapters"
+    with pytest.raises(PipelineError, match=words):
+        align(pipe)
+    with pytest.raises(AdapterError, match=words):
+        pipe.load_adapter(adapter)
+    assert torch.equal(pictures(pipe), drawn)
+    pipe.delete_adapters("alignprop")
+    align(pipe)
 
 
 # --- gradient mode ----------------------------------------------------------------------------------------------------
