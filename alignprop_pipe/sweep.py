@@ -3,6 +3,7 @@
 Every column is one weight; all columns draw the same prompts from the same noise, so that the weight alone differs.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.export import load_adapter, remove_adapter
 from alignprop_pipe.mixing import mix, said_of
 from alignprop_pipe.records import PromptBatch
-from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.expression import read_expression
 from alignprop_pipe.rewards.registry import REGISTRY, parse_reward
 from alignprop_pipe.sampling import Picture, sample_pictures
@@ -117,14 +118,15 @@ def _short(reward: str) -> str:
 def rewards_of(adapters: Sequence[Adapter]) -> list[Reward]:
     """The rewards that the adapters' headers name, as far as that needs no download.
 
-    A header is data: an expression in it that would run a file or fetch weights is left out.
+    A header is data: an expression in it that names code, or weights other than those that are its default, is left
+    out.
     """
     texts = dict.fromkeys(filter(None, (said_of(adapter, "reward") for adapter in adapters)))
     found = []
     for text in texts:
         try:
-            if _is_harmless(text):
-                found.append(parse_reward(text))
+            if _is_harmless(text) and _uses_own_weights(reward := parse_reward(text)):
+                found.append(reward)
         except RewardError:  # of another version, or one that needs its licence accepted
             continue
     return found
@@ -142,3 +144,13 @@ def _is_harmless(text: str) -> bool:
 
     read_expression(text, note)
     return bool(named) and all(named)
+
+
+def _uses_own_weights(reward: Reward) -> bool:
+    """Whether all networks inside are the default ones, or bundled: those of any other name are not opened."""
+    for member in members(reward):
+        for name, spec in inspect.signature(type(member).__init__).parameters.items():
+            is_source = name == "revision" or "Path" in str(spec.annotation)
+            if is_source and getattr(member, name, spec.default) not in (spec.default, "emoji"):
+                return False
+    return True

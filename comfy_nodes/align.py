@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .widgets import config_from, presets, setting_widgets
+from .widgets import config_from, connected, presets, setting_widgets
 
 EVENT = "alignprop.step"
 PREVIEWED = 4
@@ -58,7 +58,7 @@ class Align(io.ComfyNode):
         cls, pipe: Any, reward: Any, prompts: Any, run_name: str = "alignprop/run", **settings: Any
     ) -> io.NodeOutput:
         with host.working():
-            config = config_from(settings)
+            config, reward = config_from(settings), connected(reward)
             held_out = prompts.split(config.evaluation.eval_prompts, config.seed)[1]
             run = Run(str(cls.hidden.unique_id), config, len(held_out))
             with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress.call):

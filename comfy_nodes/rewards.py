@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .widgets import Widget, code_allowed, reward_names, reward_script_data, reward_text
+from .widgets import Widget, code_allowed, connected, reward_names, reward_script_data, reward_text
 
 TERMS = 8
 """Rewards that one Combine node takes; its output goes into another for more."""
@@ -115,7 +115,7 @@ class CombineRewards(io.ComfyNode):
     @classmethod
     def execute(cls, method: str = "sum", same_scale: bool = True, **terms: Any) -> io.NodeOutput:
         numbers = [number for number in range(1, TERMS + 1) if terms.get(f"reward_{number}") is not None]
-        rewards = [terms[f"reward_{number}"] for number in numbers]
+        rewards = [connected(terms[f"reward_{number}"]) for number in numbers]
         weights = [float(terms.get(f"weight_{number}", 1.0)) for number in numbers]
         if not rewards:
             raise ValueError("Combine Rewards has no reward: connect one or more, and check that they are not muted")
@@ -161,7 +161,7 @@ class Score(io.ComfyNode):
     @classmethod
     def execute(cls, images: Any, reward: Any, prompt: str = "", prompts: Any = None) -> io.NodeOutput:
         with host.working():
-            pictures = host.image_socket(images)
+            pictures, reward = host.image_socket(images), connected(reward)
             batch = prompts_for(len(pictures), prompt, prompts)
             device = host.memory.get_torch_device()
             try:

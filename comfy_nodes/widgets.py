@@ -282,6 +282,15 @@ def _same(default: Any, value: Any) -> bool:
     return default == value and isinstance(default, bool) == isinstance(value, bool)
 
 
+def connected(reward: Any) -> Any:
+    """The reward on a socket. A workflow can write anything there in place of a link. Raises RewardError."""
+    from alignprop_pipe.rewards.base import Reward
+
+    if not isinstance(reward, Reward):
+        raise RewardError(f"the input 'reward' holds {reward!r} and no reward: connect a Reward or Reward from Text")
+    return reward
+
+
 def reward_script_data() -> dict[str, Any]:
     """What the Reward node's own script needs to draw the widgets of every reward."""
     keys = ("name", "kind", "default", "tooltip", "low", "high", "step")

@@ -39,6 +39,8 @@ def test_a_function_as_decorator_and_as_call() -> None:
     assert set(scores.parts) == {"redness", "red2.1", "tv"}
     torch.testing.assert_close(scores.parts["redness"], 0.5 * IMAGES[:, 0].mean((1, 2)))
     assert not parse_reward("redness").reads_prompts
+    with pytest.raises(RewardError, match="'source'"):
+        parse_reward("redness(source='os:system')")
 
 
 def test_a_class_takes_the_name_and_its_arguments() -> None:

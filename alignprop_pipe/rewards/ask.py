@@ -77,9 +77,12 @@ class Ask(NetworkReward):
                     "get its files again from where the model came"
                 )
         try:
-            family = transformers.AutoConfig.from_pretrained(source, revision=self.revision or "main").model_type
+            config = transformers.AutoConfig.from_pretrained(
+                source, revision=self.revision or "main", trust_remote_code=False
+            )
         except Exception as error:
             raise not_loaded(source, error) from error
+        family = config.model_type
         if family not in _FAMILIES:
             known = ", ".join(kind for kind, _ in _FAMILIES.values())
             raise RewardError(f"{self.model!r} is a {family!r} model; ask can ask: {known}")

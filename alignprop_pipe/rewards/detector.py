@@ -143,7 +143,7 @@ def load_detector(source: str, revision: str | None = None, template: str | None
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision or "main")
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         raise not_loaded(source, error) from error
     if config.model_type not in THRESHOLDS:

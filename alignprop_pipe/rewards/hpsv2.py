@@ -95,7 +95,7 @@ def clip_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise not_loaded(source, error) from error
     if config.model_type != "clip":

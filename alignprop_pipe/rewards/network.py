@@ -31,7 +31,7 @@ class NetworkReward(Reward):
     def __init__(
         self, model: str | Path, revision: str | None = None, dtype: str = "float32", offload: bool = False
     ) -> None:
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise RewardError(f"{self.name}(dtype={dtype!r}): one of {', '.join(DTYPES)} is needed")
         self.model, self.revision, self.dtype, self.offload = str(model), revision, dtype, offload
         self._network: Any = None

@@ -1,4 +1,7 @@
-"""Frozen networks from a Hub id or a folder: safetensors only, nothing half-loaded, errors that say what to do."""
+"""Frozen networks from a Hub id or a folder: safetensors only, nothing half-loaded, errors that say what to do.
+
+Models that bring their own code are refused: transformers would else ask in the terminal whether to run it.
+"""
 
 import json
 from pathlib import Path
@@ -13,6 +16,7 @@ def load_network(kind: Any, source: str, revision: str | None = None) -> Any:
         network, info = kind.from_pretrained(
             source,
             revision=revision or "main",
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
@@ -36,7 +40,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
         # Without its files transformers makes an empty one, to which all texts are the same.
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise OSError("the tokenizer knows no words: tokenizer.json, or vocab.json with merges.txt, is missing")

@@ -102,6 +102,8 @@ def named(name: str, source: Callable[..., Any]) -> type[Reward]:
         __str__ = Reward.__str__
 
         def __init__(self, **options: Any) -> None:
+            if "source" in options:
+                raise RewardError(f"{name}: an argument cannot be called 'source'; that is what the name stands for")
             super().__init__(source, **options)
             self.name = name
 
