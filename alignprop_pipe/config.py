@@ -195,11 +195,7 @@ class AlignConfig(_Checked):
     @classmethod
     def from_json(cls, text: str, base: "AlignConfig | None" = None, allow_code: bool = False) -> "AlignConfig":
         """The inverse of `to_json`; see `from_dict` for the other arguments. Raises ConfigError."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-            raise ConfigError(f"the configuration is not JSON: {error}") from error
-        return cls.from_dict(data, base, allow_code)
+        return cls.from_dict(_json(text), base, allow_code)
 
     def to_toml(self) -> str:
         """TOML; a field that is None is left out, since TOML has no null and None is its default."""
@@ -214,32 +210,30 @@ class AlignConfig(_Checked):
     @classmethod
     def from_toml(cls, text: str, base: "AlignConfig | None" = None, allow_code: bool = False) -> "AlignConfig":
         """The inverse of `to_toml`; see `from_dict` for the other arguments. Raises ConfigError."""
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib  # pyright: ignore[reportMissingImports]  # not installed on newer Pythons
-        try:
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"the configuration is not TOML: {error}") from error
-        return cls.from_dict(data, base, allow_code)
+        return cls.from_dict(_toml(text), base, allow_code)
 
     @classmethod
     def load(cls, path: str | Path, base: "AlignConfig | None" = None, allow_code: bool = False) -> "AlignConfig":
         """Read a .toml or .json file; see `from_dict`. Raises ConfigError, which names the file."""
-        path = Path(path)
-        readers = {".toml": cls.from_toml, ".json": cls.from_json}
-        read = readers.get(path.suffix.lower())
-        if read is None:
-            raise ConfigError(f"configuration file {str(path)!r}: a name that ends in .toml or .json is needed")
+        data = read_table(path)
         try:
-            text = path.read_text(encoding="utf-8-sig")  # -sig: some editors put a byte order mark first
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
-        try:
-            return read(text, base, allow_code)
+            return cls.from_dict(data, base, allow_code)
         except ConfigError as error:
             raise ConfigError(f"configuration file {str(path)!r}: {error}") from error
+
+
+def read_table(path: str | Path) -> Any:
+    """What a .toml or .json file holds. Raises ConfigError, which names the file."""
+    path = Path(path)
+    read = {".toml": _toml, ".json": _json}.get(path.suffix.lower())
+    if read is None:
+        raise ConfigError(f"configuration file {str(path)!r}: a name that ends in .toml or .json is needed")
+    try:
+        return read(path.read_text(encoding="utf-8-sig"))  # -sig: some editors put a byte order mark first
+    except ConfigError as error:
+        raise ConfigError(f"configuration file {str(path)!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
 
 
 PARTS: dict[str, type] = {
@@ -316,6 +310,24 @@ def value_from(name: str, spec: dataclasses.Field, value: Any) -> Any:
 
 
 # --- inside ---
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+        raise ConfigError(f"the configuration is not JSON: {error}") from error
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]  # not installed on newer Pythons
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the configuration is not TOML: {error}") from error
 
 
 def _check_part(name: str, value: Any) -> None:

@@ -185,6 +185,9 @@ def public_about(run: Run, source: Source) -> dict[str, Any]:
         CONFIG,
     ]
     about["command"] = " ".join(map(in_shell, words))
+    about.pop("working_folder", None)
+    if isinstance(prompts, str):
+        about.pop("prompt_set", None)  # the author's file stays theirs
     about["started"] = _utc(about.get("started"))
     if isinstance(about.get("result"), dict):
         about["result"] = {**about["result"], "ended": _utc(about["result"].get("ended"))}

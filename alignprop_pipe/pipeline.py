@@ -7,9 +7,7 @@ pipeline takes this one, and pictures, files and arguments stay the stock ones.
 import logging
 import math
 import os
-import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,20 +22,20 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
-from alignprop_pipe import export, lora, stock
+from alignprop_pipe import export, lora, repeating, stock
 from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.align import start, steps_of
+from alignprop_pipe.align import Training, start, steps_of
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
-from alignprop_pipe.errors import AdapterError, PipelineError
+from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
-from alignprop_pipe.runs import RunFolder
+from alignprop_pipe.runs import CONFIG, RunFolder, check_place
 from alignprop_pipe.single_file import load_single_file
 from alignprop_pipe.sources import exists, hub_hint, on_hub
 from alignprop_pipe.summary import Watch
@@ -64,13 +62,15 @@ class AlignPropPipeline(DiffusionPipeline):
         `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `variant`, ...). Raises PipelineError where there is
         no such folder and the name may have been meant as one, and HubError for an hf:// that is no name.
         """
-        name, revision = model_source(pretrained_model_name_or_path)
+        name, there = model_source(pretrained_model_name_or_path)
         folder = resolve_model(name)
-        if revision is not None:
-            kwargs = {"revision": revision, **kwargs}
+        if there.get("revision"):
+            kwargs = {"revision": there["revision"], **kwargs}
         with autograd_on(), known_types() if folder != name else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
+        asked = {key: kwargs[key] for key in ("revision", "variant") if isinstance(kwargs.get(key), str)}
+        pipe._alignprop_source = {**there, **asked}
         return cls.from_pipe(pipe)
 
     @classmethod
@@ -137,7 +137,7 @@ class AlignPropPipeline(DiffusionPipeline):
             ConfigError, PromptError, PipelineError, RewardError: before anything is trained.
             TrainingDiverged: too many steps in a row were not finite; with `out`, the last good adapter is there.
         """
-        reward, prompt_set = as_reward(reward), PromptSet.load(prompts)
+        reward, prompt_set = read_together(reward, prompts, out)
         config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
         tell_about(self, prompt_set, reward)
         with stop_on_interrupt() as stop:
@@ -147,7 +147,7 @@ class AlignPropPipeline(DiffusionPipeline):
             steps = steps_of(state, stop.is_set)
             try:
                 if out is not None:
-                    session.run = open_run(session, out, reward, prompts)
+                    session.run = open_run(state, out, reward, prompts, prompt_set)
                 interrupted = drain(steps, session, on_step) or stop.is_set()
                 steps.close()
                 return conclude(session, interrupted)
@@ -242,14 +242,14 @@ def aligned_class(kind: type) -> type:
     return type(kind.__name__, (AlignPropPipeline, kind), body)
 
 
-def model_source(given: str | os.PathLike) -> tuple[str, str | None]:
-    """The folder, or the name on the Hub and the revision in it. Raises PipelineError, HubError."""
+def model_source(given: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+    """The folder or the name on the Hub; that it is there, and the revision in it. Raises PipelineError, HubError."""
     name, there = os.fspath(given), on_hub(given)
     if there is not None:
-        return there.repo_id, there.revision
+        return there.repo_id, {"hub": True, **({"revision": there.revision} if there.revision else {})}
     if resolve_model(name) == name and not exists(name):
         raise PipelineError(f"there is no file or folder {name!r} here{hub_hint(name)}; {MODEL_NEEDED}")
-    return name, None
+    return name, {}
 
 
 # --- the steps of align ---
@@ -273,6 +273,26 @@ def settings(
         if name not in callable_names or name in reserved:
             config.replace(**{name: rest[name]})  # raises ConfigError with the nearest names
     return config.replace(**known), rest
+
+
+def read_together(reward: Any, prompts: Any, out: str | Path | None) -> tuple[Reward, PromptSet]:
+    """The reward and the prompts; what is wrong with them and with the place of the run folder is told at once.
+
+    Raises RunError, PromptError, RewardError; ConfigError for several of them.
+    """
+    problems: list[AlignError] = []
+    found: list[Any] = []
+    checks = (lambda: out is None or check_place(out), lambda: PromptSet.load(prompts), lambda: as_reward(reward))
+    for check in checks:
+        try:
+            found.append(check())
+        except AlignError as error:
+            problems.append(error)
+    if len(problems) > 1:
+        raise ConfigError("; and ".join(map(str, problems))) from problems[0]
+    if problems:
+        raise problems[0]
+    return found[2], found[1]
 
 
 def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> None:
@@ -307,16 +327,22 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> N
         )
 
 
-def open_run(session: "Session", out: str | Path, reward: Reward, prompts: Any) -> RunFolder:
-    """The run folder, once everything has been checked; `reward` is the one that was asked for."""
-    pipe = session.pipe
-    model = pipe.name_or_path or stock_class(type(pipe)).__name__
-    source = str(prompts) if isinstance(prompts, str | Path) else list(PromptSet.load(prompts).prompts)
+def open_run(state: Training, out: str | Path, reward: Reward, given: Any, prompts: PromptSet) -> RunFolder:
+    """The run folder, once everything has been checked; `reward` and `given` prompts are those that were asked for."""
+    pipe = state.pipe
+    facts, lacking = repeating.describe(pipe, state.call_kwargs)
+    drawn, unwritten = repeating.prompt_facts(given, prompts)
     run = RunFolder.create(
-        Path(out), command=repeat_command(model, session.reward, source), config=session.config, model=model,
-        reward=str(reward), calibrated=str(session.reward), prompts=source,
+        out, config=state.config, model=pipe.name_or_path or facts["class"], reward=str(reward),
+        calibrated=str(state.reward), prompts=drawn["prompts"],
     )  # fmt: skip
-    run.about["device"] = device_name(pipe.device)
+    lacking |= {"prompts": unwritten} if unwritten else {}
+    command, unnamed = repeating.repeat_command(run.path / CONFIG, state.reward, state.judges, lacking)
+    lacking |= {"reward": unnamed} if unnamed and not lacking else {}
+    run.tell(
+        format=repeating.FORMAT, command=command or f"cannot be repeated by a command: {unnamed}", pipeline=facts,
+        not_repeatable=lacking, working_folder=str(Path.cwd()), device=device_name(pipe.device), **drawn,
+    )  # fmt: skip
     return run
 
 
@@ -326,16 +352,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"cpu, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else device.type
-
-
-def repeat_command(model: str, reward: Reward, prompts: str | list[str]) -> str:
-    """What to type to get the same run: the command line as it was, or a line of Python."""
-    if Path(sys.argv[0]).stem in ("alignprop", "__main__"):
-        return shlex.join(["alignprop", *sys.argv[1:]])
-    return (
-        f"AlignPropPipeline.from_pretrained({model!r}).align({str(reward)!r}, {prompts!r}, "
-        "AlignConfig.from_dict(json.load(open('config.json'))['config']))"
-    )
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@
 `report.html`.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -24,9 +25,11 @@ from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, write_whole
 from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.sources import exists
 from alignprop_pipe.summary import warnings_of
 
 When = Literal["before", "during", "after"]
+CONFIG = "config.json"
 
 PACKAGES = (
     "alignprop-pipe",
@@ -59,7 +62,7 @@ class RunFolder:
         cls,
         out: str | Path | None,
         *,
-        command: str,
+        command: str = "",
         config: AlignConfig,
         model: str,
         reward: str,
@@ -70,7 +73,7 @@ class RunFolder:
 
         Args:
             out: the folder; None: `runs/<date>-<time>-<reward>`, with -2, -3 and so on where that is taken.
-            command: what the user typed, to repeat the run.
+            command: what to type to repeat the run.
             config: the settings.
             model: id or folder, as typed.
             reward: the reward's expression.
@@ -95,6 +98,11 @@ class RunFolder:
         run = cls(path, about)
         run._write_config()
         return run
+
+    def tell(self, **facts: Any) -> None:
+        """Write more into `config.json`, as plain values. Raises RunError."""
+        self.about |= facts
+        self._write_config()
 
     @property
     def adapter_path(self) -> Path:
@@ -218,7 +226,7 @@ class RunFolder:
         drawings.draw_curve(self.steps, self.looks, self.path / "curve.png")
 
     def _write_config(self) -> None:
-        write_whole(self.path / "config.json", json.dumps(self.about, indent=2, allow_nan=False) + "\n")
+        write_whole(self.path / CONFIG, json.dumps(self.about, indent=2, allow_nan=False) + "\n")
 
     def _write_samples(self, evidence: Evidence, when: When) -> None:
         """`samples/before/003-two-dogs.png` and, with the same name, `samples/after/…`; scores beside them."""
@@ -236,6 +244,17 @@ class RunFolder:
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r}, {len(self.steps)} steps)"
+
+
+def check_place(out: str | Path) -> None:
+    """Raises RunError where no run folder can be made, and leaves nothing behind."""
+    missing = [folder for folder in (Path(out), *Path(out).parents) if not exists(folder)]
+    try:
+        (_given_folder(out) / "checkpoints").rmdir()
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError, ValueError):  # it was never made, or somebody has put something there
+                folder.rmdir()
 
 
 def read_metrics(path: str | Path) -> list[StepRecord]:

@@ -486,7 +486,6 @@ def test_the_calibrated_text_repeats_the_run_and_measures_nothing(drawn: list[in
     assert drawn == [16]  # no first look to measure on
     assert about["reward"] == MIXED
     assert about["calibrated_reward"] == first.reward != MIXED
-    assert first.reward in about["command"]
     config = AlignConfig.from_dict(about["config"])
     second = aligned().align(about["calibrated_reward"], about["prompts"], config)
     assert drawn == [16]

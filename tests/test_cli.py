@@ -157,15 +157,34 @@ def test_a_judge_is_no_reward(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere.safetensors", "org/name", "./empty", "./broken.safetensors"])
-def test_a_model_that_cannot_be_loaded_ends_with_1_and_its_name(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("./nowhere", 2), ("nowhere.safetensors", 2), ("org/name", 2), ("./empty", 2), ("./broken.safetensors", 1)],
+)
+def test_a_model_that_cannot_be_loaded_is_named(name: str, code: int) -> None:
     Path("empty").mkdir()
     Path("broken.safetensors").write_bytes(b"no tensors")
     result = run("train", name, *SMALL, "--prompts", "prompts.txt")
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == code, result.output
     assert Path(name).name in result.stderr
-    assert "emoji" in result.stderr or "copy or download it again" in result.stderr
+    assert any(words in result.stderr for words in ("emoji", "copy or download it again", "HF_HUB_OFFLINE"))
     assert "unexpected" not in result.stderr
+
+
+@pytest.mark.usefixtures("place")
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    """Before anything is loaded, drawn or written; the exit code is 2."""
+    Path("taken").mkdir()
+    Path("taken/thesis.txt").write_text("mine")
+    Path("wrong.toml").write_text("stepps = 3")
+    words = ["models/none", "--reward", "clipp", "--prompts", "none.txt", "--out", "taken", "--report-to", "wandbb"]
+    result = run("train", *words, "--config", "wrong.toml", "--device", "gpu")
+    assert result.exit_code == 2, result.output
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    expected = ("stepps", "models/none", "clipp", "none.txt", "taken", "wandbb", "gpu")
+    assert [word for word in expected if not any(word in line for line in told)] == []
+    assert len(told) == len(expected)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["prompts.txt", "taken", "wrong.toml"]
 
 
 def test_the_table_of_errors() -> None:
@@ -218,7 +237,7 @@ def test_train_says_a_line_for_each_step_and_leaves_a_run_folder(model: Path) ->
         assert (Path("out") / name).stat().st_size > 0
     assert load_file("out/adapter.safetensors")
     again = run("train", model, *SMALL, "--prompts", "prompts.txt", "--out", "out")
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "--out" in again.stderr
 
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import typer
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from alignprop_pipe.choices import LastK, RandomLastK
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.cli.console import Output
 from alignprop_pipe.cli.opening import find_device, is_model
-from alignprop_pipe.cli.options import TrainRequest, config_for, options_from
+from alignprop_pipe.cli.options import TrainRequest, options_from
+from alignprop_pipe.cli.planning import planned
 from alignprop_pipe.config import FIELD_PATHS, AlignConfig
 from alignprop_pipe.errors import ConfigError
 
@@ -30,6 +33,11 @@ def parsed(*arguments: str) -> tuple[TrainRequest, dict[str, Any]]:
     result = CliRunner().invoke(probe, arguments)
     assert result.exit_code == 0, result.output
     return seen[0], seen[1]
+
+
+def planned_config(arguments: list[str]) -> AlignConfig:
+    """What `train` makes of the preset, the file and the flags."""
+    return planned(*parsed(*arguments), Output(quiet=True)).config
 
 
 def test_no_flag_changes_nothing() -> None:
@@ -65,24 +73,29 @@ def test_every_field_has_a_flag_with_its_help() -> None:
         assert f"─ {panel} ─" in text
 
 
-def test_preset_under_file_under_flags(tmp_path: Path) -> None:
+def test_preset_under_file_under_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # else a model that is not in the cache is told of
     file = tmp_path / "run.toml"
     file.write_text('steps = 7\ntruncation = "last:2"\n[sampling]\nnum_inference_steps = 9\n')
-    config = config_for("emoji", None, file, {"num_inference_steps": 11})
+    config = planned_config(["--config", str(file), "--num-inference-steps", "11"])
     assert (config.steps, config.truncation, config.sampling.num_inference_steps) == (7, LastK(2), 11)
     assert config.lora == AlignConfig.preset("emoji").lora
-    assert config_for("other/model", "fast", None, {}).truncation == RandomLastK(1, 8)
+    other = ["other/model", "--reward", "jpeg", "--prompt", "a dog"]
+    assert planned_config([*other, "--preset", "fast"]).truncation == RandomLastK(1, 8)
     with pytest.raises(ConfigError, match="paper"):
-        config_for("emoji", "papper", None, {})
+        planned_config(["--preset", "papper"])
 
 
-def test_the_config_of_a_run_folder_repeats_it(tmp_path: Path) -> None:
+def test_the_config_of_a_run_folder_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     config = AlignConfig.preset("fast").replace(steps=3, seed=5)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model": "a/b", "config": config.to_dict()}))
-    assert config_for("a/b", None, file, {}) == config
+    words = ["a/b", "--reward", "jpeg", "--prompt", "a dog"]
+    assert planned_config([*words, "--config", str(file)]) == config
+    assert planned_config([*words, "--config", str(tmp_path)]) == config
     file.write_text(config.to_json())
-    assert config_for("a/b", None, file, {}) == config
+    assert planned_config([*words, "--config", str(file)]) == config
 
 
 @pytest.mark.parametrize(

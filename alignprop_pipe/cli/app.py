@@ -14,8 +14,8 @@ import typer
 from alignprop_pipe.bundled import preset_for
 from alignprop_pipe.choices import window_from_text
 from alignprop_pipe.cli import comfy, console, exporting, mixing, pushing, scores
-from alignprop_pipe.cli.drawing import Sheet, default_out, draw
-from alignprop_pipe.cli.opening import import_rewards, is_model, open_pipeline, open_reward
+from alignprop_pipe.cli.drawing import Sheet, draw
+from alignprop_pipe.cli.opening import is_model, open_pipeline
 from alignprop_pipe.cli.options import (
     BUNDLED,
     ListRequest,
@@ -24,6 +24,7 @@ from alignprop_pipe.cli.options import (
     config_for,
     options_from,
 )
+from alignprop_pipe.cli.planning import Plan, open_planned, planned
 from alignprop_pipe.config import AlignConfig, SamplingOptions
 from alignprop_pipe.sources import hub_hint, on_hub
 
@@ -102,54 +103,29 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
     nothing else is needed; other models need --reward and --prompts.
     """
     output = console.Output(quiet=request.quiet, json=request.json)
-    import_rewards(request.imports)  # first, since the configuration may name what is in them
-    config = config_for(request.model, request.preset, request.config, settings)
-    expression, source = _reward_text(request), _prompts(request)
-    with console.waiting(output, f"loading reward {expression}"):
-        reward = open_reward(expression, request, output)
-        from alignprop_pipe.prompts import PromptSet
-        from alignprop_pipe.trackers import Trackers, all_of
+    plan = planned(request, settings, output)
+    for note in plan.notes:
+        output.say(note)
+    from alignprop_pipe.repeating import on_threads
 
-        prompts = PromptSet.load(source)
-    if config.evaluation.judges and not (prompts.targets or "judges" in settings or request.config):
-        output.say("these prompts come without targets, which the preset's judge needs: no judge watches this run")
-        config = config.replace(judges=())
-    out = request.out or default_out(expression)
-    trackers = Trackers(request.report_to or [], config, out)
-    pipe = open_pipeline(request.model, request, output)
+    with on_threads(plan.facts.get("threads")):
+        _train(plan, output)
+
+
+def _train(plan: Plan, output: console.Output) -> None:
+    from alignprop_pipe.trackers import all_of
+
+    config, request = plan.config, plan.request
+    pipe = open_planned(plan, output)
     if request.dry_run:
-        return _forecast(output, pipe, config, reward)
-    held_out = len(prompts.split(config.evaluation.eval_prompts, config.seed)[1])
-    with console.Progress(output, config, held_out) as progress, trackers:
-        result = pipe.align(reward, source, config, out=out, on_step=all_of(progress.on_step, trackers.on_step))
-    _tell(output, request, result)
+        return _forecast(output, pipe, config, plan.reward)
+    held_out = len(plan.prompts.split(config.evaluation.eval_prompts, config.seed)[1])
+    with console.Progress(output, config, held_out) as progress, plan.trackers:
+        on_step = all_of(progress.on_step, plan.trackers.on_step)
+        result = pipe.align(plan.reward, plan.source, config, out=plan.out, on_step=on_step, **plan.call)
+    _tell(output, plan.model, result)
     if result.interrupted:
         raise typer.Exit(console.INTERRUPTED)
-
-
-def _reward_text(request: TrainRequest) -> str:
-    if request.reward is not None:
-        return request.reward
-    if request.model == BUNDLED:
-        return "clip"
-    raise typer.BadParameter(
-        f"what should pictures of {request.model!r} be scored by? Give --reward, for example --reward clip "
-        "(list: alignprop rewards)",
-        param_hint="--reward",
-    )
-
-
-def _prompts(request: TrainRequest) -> str | list[str]:
-    if request.prompts is not None and request.prompt:
-        raise typer.BadParameter("give --prompts or --prompt, not both", param_hint="--prompt")
-    source = request.prompts or request.prompt or (BUNDLED if request.model == BUNDLED else None)
-    if source is None:
-        raise typer.BadParameter(
-            f"what should {request.model!r} draw in training? Give --prompts, a file or the name of a set, for "
-            "example --prompts animals (list: alignprop prompts)",
-            param_hint="--prompts",
-        )
-    return source
 
 
 def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "Reward") -> None:
@@ -178,7 +154,7 @@ def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "R
         output.result(f"{rows[-2][1]}, {rows[-1][1]}")
 
 
-def _tell(output: console.Output, request: TrainRequest, result: "AlignResult") -> None:
+def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
     """The summary: what changed on the held-out prompts, where everything is, and what to try next."""
     if result.before is not None and result.after is not None:
         rows = [_change_row(name, *change) for name, change in result.changes.items()]
@@ -190,7 +166,7 @@ def _tell(output: console.Output, request: TrainRequest, result: "AlignResult") 
     for name, path in files.items():
         output.result(f"{name + ':':<15}{path}")
     if result.adapter_path is not None:
-        output.say(f"next:          {_next_command(request.model, result)}")
+        output.say(f"next:          {_next_command(model, result)}")
     held_out = {name: change._asdict() for name, change in result.changes.items()}
     facts = {
         "interrupted": result.interrupted,
@@ -241,7 +217,7 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
     output = console.Output(quiet=request.quiet, json=request.json)
     words = request.words or []
     model, prompts = (words[0], words[1:]) if words and is_model(words[0]) else (BUNDLED, words)
-    sampling = config_for(model, None, None, settings).sampling
+    sampling = config_for(model, settings).sampling
     adapter = _adapter_file(request)
     prompts = prompts or _default_prompts(model, request.seed)
     pipe = open_pipeline(model, request, output)

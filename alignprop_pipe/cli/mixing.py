@@ -224,7 +224,7 @@ def _asked(request: MixRequest, settings: Mapping[str, Any], output: console.Out
     weights = weights_from_text(request.sweep or "")
     adapters = [Adapter.load(Path(source).expanduser()) for source in sources]
     model = model or next((a.base.base_model for a in adapters if a.base.base_model), "") or BUNDLED
-    return _Asked(sources, adapters, weights, model, config_for(model, None, None, settings).sampling, out)
+    return _Asked(sources, adapters, weights, model, config_for(model, settings).sampling, out)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], str]:

@@ -33,23 +33,42 @@ def is_model(word: str) -> bool:
     )
 
 
-def open_pipeline(model: str, request: Common, output: Output) -> "AlignPropPipeline":
-    """Load `model`, on the device and in the number format that were asked for. Raises PipelineError."""
+def open_pipeline(model: str, request: Common, output: Output, **options: Any) -> "AlignPropPipeline":
+    """Load `model`, on the device and in the number format that were asked for; `options` go to the loader.
+
+    Raises PipelineError.
+    """
     with waiting(output, f"loading {model}"):
         quiet_libraries(output)
         device = find_device(request.device)
-        pipe = _load(model, find_dtype(request.dtype, device))
+        pipe = _load(model, dtype=find_dtype(request.dtype, device), **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 
 
-def open_reward(text: str, request: TrainRequest | ScoreRequest | CheckRequest, output: Output) -> "Reward":
+def check_model(model: str) -> None:
+    """Raises PipelineError for a model that is not here, as far as that can be known without asking the Hub."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    from alignprop_pipe.pipeline import MODEL_NEEDED, model_source
+
+    name, there = model_source(Path(model).expanduser() if model.startswith("~") else model)
+    if there and constants.HF_HUB_OFFLINE:
+        if not isinstance(try_to_load_from_cache(name, "model_index.json", revision=there.get("revision")), str):
+            raise PipelineError(f"the model {name!r} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it")
+    if not there and Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise PipelineError(f"the folder {model!r} holds no model_index.json; {MODEL_NEEDED}")
+
+
+def open_reward(
+    text: str, request: TrainRequest | ScoreRequest | CheckRequest, output: Output, *, allow_code: bool = True
+) -> "Reward":
     """Run what `--import` names, then read the expression. Raises RewardError."""
     quiet_libraries(output)
     from alignprop_pipe.rewards.registry import parse_reward
 
     import_rewards(request.imports)
-    return parse_reward(text, accept_license=request.accept_license, allow_code=True)
+    return parse_reward(text, accept_license=request.accept_license, allow_code=allow_code)
 
 
 def import_rewards(places: Sequence[str] | None) -> None:
@@ -87,7 +106,7 @@ def find_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
     return getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
 
 
-def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
+def _load(model: str, **options: Any) -> "AlignPropPipeline":
     from alignprop_pipe.pipeline import AlignPropPipeline
 
     source = str(Path(model).expanduser()) if model.startswith("~") else model
@@ -95,7 +114,7 @@ def _load(model: str, dtype: "torch.dtype") -> "AlignPropPipeline":
     if source.endswith(SINGLE_FILES) and exists(source):
         load = AlignPropPipeline.from_single_file
     try:
-        return load(source, dtype=dtype)
+        return load(source, **options)
     except (OSError, ValueError) as error:
         raise PipelineError(_not_loaded(model, error)) from error
 

@@ -1,11 +1,10 @@
 """Flags made from dataclasses: names, defaults and help texts come from the fields, so no second set can drift.
 
-`options_from` gives a command its flags; `config_for` lays them over the preset and the configuration file.
+`options_from` gives a command its flags; `config_for` lays them over the preset.
 """
 
 import functools
 import inspect
-import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -80,11 +79,12 @@ class TrainRequest(Common):
     """What `alignprop train` is asked for, beside the settings of AlignConfig."""
 
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="'emoji' (bundled), a model id of the Hugging Face hub, a diffusers folder, or a .safetensors file"
+            help="'emoji' (bundled, the default), a model id of the Hugging Face hub, a diffusers folder, or a "
+            ".safetensors file"
         ),
-    ] = BUNDLED
+    ] = None
     reward: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +106,11 @@ class TrainRequest(Common):
         ),
     ] = None
     config: Annotated[
-        Path | None, typer.Option(help="settings from a .toml or .json file; over the preset, under the flags")
+        Path | None,
+        typer.Option(
+            help="settings, and model, reward and prompts if they stand there, from a .toml or .json file, or a run "
+            "folder, whose run is repeated; over the preset, under the flags"
+        ),
     ] = None
     report_to: Annotated[
         list[str] | None,
@@ -239,23 +243,9 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
     return decorate
 
 
-def config_for(model: str, preset: str | None, file: Path | None, flags: Mapping[str, Any]) -> AlignConfig:
-    """The preset, under the configuration file, under the flags. Raises ConfigError."""
-    config = AlignConfig.preset(preset or preset_for(model))
-    if file is not None:
-        config = _from_file(file, config)
-    return config.replace(**flags)
-
-
-def _from_file(file: Path, base: AlignConfig) -> AlignConfig:
-    """A settings file, or a run folder's config.json, whose settings stand under "config"."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # TOML, or an error that `load` puts into words
-        return AlignConfig.load(file, base)
-    if isinstance(data, dict) and isinstance(data.get("config"), dict):
-        return AlignConfig.from_dict(data["config"], base)
-    return AlignConfig.load(file, base)
+def config_for(model: str, flags: Mapping[str, Any]) -> AlignConfig:
+    """The model's preset, under the flags. Raises ConfigError."""
+    return AlignConfig.preset(preset_for(model)).replace(**flags)
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,345 @@
+"""What `train` will do: the flags, over the file of `--config`, over the preset; and all that is wrong with it at once.
+
+Nothing is loaded or drawn here. A file may be settings alone, or a run's `config.json`, which repeats the run.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alignprop_pipe.bundled import preset_for
+from alignprop_pipe.cli import console
+from alignprop_pipe.cli.drawing import default_out
+from alignprop_pipe.cli.opening import check_model, find_device, import_rewards, open_pipeline, open_reward
+from alignprop_pipe.cli.options import BUNDLED, TrainRequest
+from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
+from alignprop_pipe.errors import AlignError, ConfigError, RewardError
+from alignprop_pipe.sources import exists
+
+if TYPE_CHECKING:
+    from alignprop_pipe.pipeline import AlignPropPipeline
+    from alignprop_pipe.prompts import PromptSet
+    from alignprop_pipe.rewards.base import Reward
+    from alignprop_pipe.trackers import Trackers
+
+ACCEPTED = re.compile(r"accept_license\s*=\s*True")
+BESIDE = ("model", "reward", "prompts")
+"""What a settings file may hold beside the settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run needs. `facts` is the state of the pipeline in a run that is repeated, else empty."""
+
+    request: TrainRequest
+    model: str
+    reward: "Reward"
+    source: Any
+    prompts: "PromptSet"
+    config: AlignConfig
+    out: Path
+    trackers: "Trackers"
+    facts: Mapping[str, Any]
+    call: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Problems:
+    """What is wrong, a sentence each."""
+
+    found: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Keep an error of what stands inside."""
+        try:
+            yield
+        except AlignError as error:
+            self.found.append(str(error))
+        except typer.BadParameter as error:
+            hint = error.param_hint if isinstance(error.param_hint, str) else ""
+            self.found.append(f"{hint}: {error.message}" if hint else error.message)
+
+    def tell(self) -> None:
+        """Raises ConfigError with all of them, where there are any."""
+        if self.found:
+            raise ConfigError("\nerror: ".join(self.found))
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """A file of settings, which may name model, reward and prompts too; or what a run has written of itself."""
+
+    path: Path | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path | None) -> "SettingsFile":
+        """A .toml or .json file, or a run folder. Raises ConfigError."""
+        if path is None:
+            return cls()
+        path = path.expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        data = read_table(path)
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"configuration file {str(path)!r}: a table of settings is needed")
+        made = cls(path, data)
+        if made.is_run and int(data.get("format", 1)) > 1:
+            raise ConfigError(f"{str(path)!r} was written by a newer version of alignprop-pipe: install that one")
+        return made
+
+    @property
+    def is_run(self) -> bool:
+        return isinstance(self.data.get("config"), Mapping)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.data["config"] if self.is_run else {k: v for k, v in self.data.items() if k not in BESIDE}
+
+    @property
+    def names(self) -> set[str]:
+        """The single settings that it gives."""
+        inside = [
+            name for part in PARTS if isinstance(self.settings.get(part), Mapping) for name in self.settings[part]
+        ]
+        return {*self.settings, *inside} & set(FIELD_PATHS)
+
+    def text(self, name: str) -> str:
+        found = self.data.get(name)
+        return found if isinstance(found, str) else ""
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        found = self.data.get("pipeline") if self.is_run else None
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where its relative paths may lead: from where the run was started, and from here."""
+        return [*([Path(self.text("working_folder"))] if self.text("working_folder") else []), Path()]
+
+    @property
+    def model(self) -> str:
+        """The model as it is found from here."""
+        said, source = self.text("model"), self.facts.get("source") or {}
+        if said in ("", BUNDLED):
+            return said
+        path = next((folder / said for folder in self.folders if exists(folder / said)), None)
+        if path is not None and not source.get("hub"):
+            return str(path)
+        revision = f"@{source['revision']}" if source.get("revision") else ""
+        return f"hf://{said}{revision}" if source.get("hub") or revision else said
+
+
+def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.Output) -> Plan:
+    """Raises ConfigError, which says all that is wrong."""
+    console.quiet_libraries(output)
+    problems, file = Problems(), SettingsFile()
+    with problems.noted():
+        import_rewards(request.imports)  # first, since the file may name what is in them
+    with problems.noted():
+        file = SettingsFile.read(request.config)
+    model = request.model or file.model or BUNDLED
+    same_model = request.model in (None, file.text("model"), file.model)
+    facts = file.facts if same_model else {}
+    notes = _winning(request, file)
+    config = AlignConfig()
+    with problems.noted():
+        config = _config(request, model, file, settings, notes)
+    reward = prompts = source = trackers = None
+    call: Mapping[str, Any] = {}
+    with problems.noted():
+        check_model(model)
+    with problems.noted():
+        reward = _reward(request, file, model, problems, output)
+    with problems.noted():
+        source, prompts = _prompts(request, file, model, notes)
+    with problems.noted():
+        config = _judges(request, file, config, settings, prompts, notes)
+    out = request.out or default_out(str(reward or "run"))
+    with problems.noted():
+        from alignprop_pipe.runs import check_place
+
+        check_place(out)
+    with problems.noted():
+        from alignprop_pipe.trackers import Trackers
+
+        trackers = Trackers(request.report_to or [], config, out)
+    with problems.noted():
+        from alignprop_pipe import repeating
+
+        request = _computing(request, facts, notes)
+        call = repeating.call_of(facts)
+    problems.found += _not_repeatable(request, file, facts)
+    problems.tell()
+    return Plan(request, model, reward, source, prompts, config, out, trackers, facts, call, tuple(notes))  # type: ignore[arg-type]  # nothing is None without a problem
+
+
+def open_planned(plan: Plan, output: console.Output) -> "AlignPropPipeline":
+    """The model, in the state that the run had which is repeated. Raises PipelineError, ConfigError."""
+    from alignprop_pipe import repeating, stock
+    from alignprop_pipe.pipeline import AlignPropPipeline
+
+    source = plan.facts.get("source") or {}
+    variant = {"variant": source["variant"]} if isinstance(source.get("variant"), str) else {}
+    pipe: Any = open_pipeline(plan.model, plan.request, output, **variant)
+    facts = plan.facts if plan.request.dtype in (None, repeating.one_dtype(plan.facts)) else {**plan.facts, "dtype": {}}
+    pipe = AlignPropPipeline.from_pipe(repeating.applied(pipe, facts)) if facts else pipe
+    unknown = sorted(set(plan.call) - set(stock.call_parameters(pipe)))
+    if unknown:
+        raise ConfigError(
+            f"the run gave {unknown[0]!r} to the pipeline's call, which {type(pipe).__name__} does not take"
+        )
+    return pipe
+
+
+def _config(
+    request: TrainRequest, model: str, file: SettingsFile, settings: Mapping[str, Any], notes: list[str]
+) -> AlignConfig:
+    base = AlignConfig.preset(request.preset or preset_for(model))
+    try:
+        # Judges of the file name no code; but those that were typed take their place.
+        below = AlignConfig.from_dict(file.settings, base, allow_code="judges" in settings)
+    except ConfigError as error:
+        raise ConfigError(f"configuration file {str(file.path)!r}: {error}") from error
+    config = below.replace(**settings)
+    for name in settings:
+        if name in file.names and (before := _single(below, name)) != (now := _single(config, name)):
+            notes.append(f"--{name.replace('_', '-')} {_shown(now)} wins over {_shown(before)} in {file.path}")
+    return config
+
+
+def _single(config: AlignConfig, name: str) -> Any:
+    part, _ = FIELD_PATHS[name]
+    return getattr(config if part is None else getattr(config, part), name)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _winning(request: TrainRequest, file: SettingsFile) -> list[str]:
+    """A line for each thing beside the settings that a flag decides against the file."""
+    said = {"MODEL": (request.model, file.text("model")), "--reward": (request.reward, file.text("reward"))}
+    prompts = file.data.get("prompts")
+    given = request.prompts or (request.prompt and f"{len(request.prompt)} prompts")
+    held = prompts if isinstance(prompts, str) else f"{len(prompts)} prompts" if isinstance(prompts, list) else ""
+    said["--prompts"] = (given, held)
+    return [
+        f"{flag} {now} wins over {before} in {file.path}"
+        for flag, (now, before) in said.items()
+        if now and before and now not in (before, file.model, file.text("calibrated_reward"))
+    ]
+
+
+def _reward(
+    request: TrainRequest, file: SettingsFile, model: str, problems: Problems, output: console.Output
+) -> "Reward | None":
+    """What was typed; else what the file says, which names no code and accepts no licence; else clip for emoji."""
+    if request.reward is not None:
+        return open_reward(request.reward, request, output)
+    text = file.text("calibrated_reward") or file.text("reward")
+    if text:
+        return open_reward(_from_file(request, file, text), request, output, allow_code=False)
+    if model == BUNDLED:
+        return open_reward("clip", request, output)
+    if problems.found and request.config is not None and file.path is None:
+        return None  # what the file says is not known
+    raise typer.BadParameter(
+        f"what should pictures of {model!r} be scored by? Give --reward, for example --reward clip "
+        "(list: alignprop rewards)",
+        param_hint="--reward",
+    )
+
+
+def _from_file(request: TrainRequest, file: SettingsFile, text: str) -> str:
+    if ACCEPTED.search(text) and not request.accept_license:
+        raise RewardError(
+            f"{text!r}, which {file.path} names, has a licence that binds whoever uses it (see 'alignprop rewards'): "
+            "add --accept-license"
+        )
+    return text
+
+
+def _prompts(request: TrainRequest, file: SettingsFile, model: str, notes: list[str]) -> "tuple[Any, PromptSet | None]":
+    from alignprop_pipe.prompts import PromptSet
+    from alignprop_pipe.repeating import prompts_of
+
+    if request.prompts is not None and request.prompt:
+        raise typer.BadParameter("give --prompts or --prompt, not both", param_hint="--prompt")
+    source: Any = request.prompts or request.prompt
+    if source is None and file.data.get("prompts"):
+        source, note = prompts_of(file.data, file.folders)
+        notes += [note] if note else []
+    if source is None and model == BUNDLED:
+        source = BUNDLED
+    if source is None and request.config is not None and file.path is None:
+        return None, None
+    if source is None:
+        raise typer.BadParameter(
+            f"what should {model!r} draw in training? Give --prompts, a file or the name of a set, for example "
+            "--prompts animals (list: alignprop prompts)",
+            param_hint="--prompts",
+        )
+    return source, PromptSet.load(source)
+
+
+def _judges(
+    request: TrainRequest,
+    file: SettingsFile,
+    config: AlignConfig,
+    settings: Mapping[str, Any],
+    prompts: "PromptSet | None",
+    notes: list[str],
+) -> AlignConfig:
+    """The judges of the file accept no licence; the preset's needs prompts that say what it could check."""
+    judges = config.evaluation.judges
+    if judges and "judges" in file.names and "judges" not in settings:
+        for text in judges:
+            _from_file(request, file, text)
+    elif judges and prompts is not None and not (prompts.targets or "judges" in settings):
+        notes.append("these prompts come without targets, which the preset's judge needs: no judge watches this run")
+        return config.replace(judges=())
+    return config
+
+
+def _computing(request: TrainRequest, facts: Mapping[str, Any], notes: list[str]) -> TrainRequest:
+    """Device and number format: the flag's, else the run's. Raises typer.BadParameter."""
+    from alignprop_pipe.repeating import one_dtype
+
+    device, dtype = str(facts.get("device") or "auto"), one_dtype(facts)
+    if request.device == "auto" and device != "auto":
+        try:
+            find_device(device)
+        except typer.BadParameter:
+            notes.append(f"the run was on {device}, which is not here: other numbers come out")
+            device = "auto"
+        request = replace(request, device=device)
+    elif device not in ("auto", request.device):
+        notes.append(f"--device {request.device} wins over {device} in the run")
+    find_device(request.device)
+    if request.dtype is None:
+        return replace(request, dtype=dtype)
+    if dtype not in (None, request.dtype):
+        notes.append(f"--dtype {request.dtype} wins over {dtype} in the run")
+    return request
+
+
+def _not_repeatable(request: TrainRequest, file: SettingsFile, facts: Mapping[str, Any]) -> list[str]:
+    """What the run had that no file can hold, and that no flag gives."""
+    found = file.data.get("not_repeatable") if file.is_run else None
+    given = {
+        "reward": request.reward,
+        "prompts": request.prompts or request.prompt,
+        "model": request.model,
+        "pipeline": not facts,
+    }
+    listed = found.items() if isinstance(found, Mapping) else ()
+    return [f"{file.path} cannot repeat its run: {why}" for subject, why in listed if not given.get(subject)]
