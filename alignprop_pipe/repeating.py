@@ -6,8 +6,8 @@ command repeats the run, and none is given. A file is data: no class outside dif
 """
 
 import copy
+import json
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from torch import nn
 
 from alignprop_pipe import lora, stock
 from alignprop_pipe.errors import ConfigError, PromptError, RewardError
+from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.prompts import PromptSet, named_sets
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.expression import read_expression
@@ -165,8 +166,6 @@ def _known(name: Any, base: type) -> Any:
 
 def _config_of(scheduler: Any) -> dict[str, Any]:
     """Its configuration as plain values, without the versions that wrote it."""
-    import json
-
     said = json.loads(scheduler.to_json_string())
     return {name: value for name, value in said.items() if not name.startswith("_")}
 
@@ -266,7 +265,7 @@ def repeat_command(
         words += [word for text in texts[1:] for word in ("--judges", text)]
     if any("accept_license=True" in text for text in texts):
         words.append("--accept-license")
-    return shlex.join(words), ""
+    return " ".join(map(in_shell, words)), ""
 
 
 def has_code(reward: Reward) -> bool:

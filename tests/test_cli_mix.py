@@ -206,7 +206,7 @@ def test_a_sweep_draws_the_mixes_from_the_same_noise_and_scores_them(model: Path
 def options(**values: Any) -> Any:
     from alignprop_pipe.cli.options import config_for
 
-    return config_for("tiny/model", None, None, values).sampling
+    return config_for("tiny/model", values).sampling
 
 
 def enlarged(image: Image.Image) -> Image.Image:

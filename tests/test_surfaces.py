@@ -12,7 +12,7 @@ from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, SamplingOpt
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_without_flags_the_command_runs_the_preset(preset: str) -> None:
-    assert config_for("any/model", preset, None, {}) == AlignConfig.preset(preset)
+    assert config_for("any/model", {}, preset) == AlignConfig.preset(preset)
 
 
 def test_train_has_a_flag_for_every_setting_and_none_has_its_own_default() -> None:
@@ -35,4 +35,4 @@ def test_the_python_call_starts_from_the_same_preset() -> None:
     from alignprop_pipe.config import AlignConfig
 
     for model in ("emoji", "org/name"):
-        assert config_for(model, None, None, {}) == AlignConfig.preset(preset_for(model))
+        assert config_for(model, {}) == AlignConfig.preset(preset_for(model))

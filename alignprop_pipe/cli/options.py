@@ -243,9 +243,9 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
     return decorate
 
 
-def config_for(model: str, flags: Mapping[str, Any]) -> AlignConfig:
-    """The model's preset, under the flags. Raises ConfigError."""
-    return AlignConfig.preset(preset_for(model)).replace(**flags)
+def config_for(model: str, flags: Mapping[str, Any], preset: str | None = None) -> AlignConfig:
+    """The preset, by default the model's, under the flags. Raises ConfigError."""
+    return AlignConfig.preset(preset or preset_for(model)).replace(**flags)
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------

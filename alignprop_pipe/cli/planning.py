@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from alignprop_pipe.bundled import preset_for
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.drawing import default_out
 from alignprop_pipe.cli.opening import check_model, find_device, import_rewards, open_pipeline, open_reward
-from alignprop_pipe.cli.options import BUNDLED, TrainRequest
+from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
 from alignprop_pipe.errors import AlignError, ConfigError, RewardError
 from alignprop_pipe.sources import exists
@@ -203,7 +202,7 @@ def open_planned(plan: Plan, output: console.Output) -> "AlignPropPipeline":
 def _config(
     request: TrainRequest, model: str, file: SettingsFile, settings: Mapping[str, Any], notes: list[str]
 ) -> AlignConfig:
-    base = AlignConfig.preset(request.preset or preset_for(model))
+    base = config_for(model, {}, request.preset)
     try:
         # Judges of the file name no code; but those that were typed take their place.
         below = AlignConfig.from_dict(file.settings, base, allow_code="judges" in settings)
