@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignprop_pipe import lora, stock
@@ -46,10 +46,10 @@ def describe(pipe: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> tuple[d
 
     `class`; `source`, the `revision` and `variant` that it was loaded in, and `hub` where that was said; `dtype` of
     each network; `device` and CPU `threads`; `scheduler` with its `class` and `config`; `adapters`, other LoRAs that
-    were active, with their weight in each network; and `call`, the further arguments of the pipeline's own call.
+    worked, fused ones too, with their weight; and `call`, the further arguments of the pipeline's own call.
     """
     scheduler, lacking = stock.scheduler(pipe), {}
-    adapters, call = _other_adapters(pipe), {name: encoded(value) for name, value in call_kwargs.items()}
+    others, call = lora.active_others(pipe), {name: encoded(value) for name, value in call_kwargs.items()}
     facts = {
         "class": type(pipe).__name__,
         "source": dict(getattr(pipe, "_alignprop_source", None) or {}),
@@ -57,15 +57,13 @@ def describe(pipe: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> tuple[d
         "device": pipe.device.type,
         "threads": torch.get_num_threads(),
         "scheduler": {"class": type(scheduler).__name__, "config": _config_of(scheduler)},
-        "adapters": adapters,
+        "adapters": [asdict(one) for one in others],
         "call": call,
     }
     if _kind(facts["class"], DiffusionPipeline) is None or _kind(type(scheduler).__name__, SchedulerMixin) is None:
         lacking["pipeline"] = f"{facts['class']} with {type(scheduler).__name__} is not made of diffusers' own classes"
-    if adapters:
-        lacking["pipeline"] = (
-            f"the LoRA {' and '.join(map(repr, adapters))} was on the pipeline, whose file is not known"
-        )
+    if others:
+        lacking["pipeline"] = f"the LoRA {others[0]} belonged to the pipeline, and its file is not known"
     if described := [name for name, value in call.items() if _is_described(value)]:
         lacking["pipeline"] = f"{described[0]}= was {_is_described(call[described[0]])}, which no text can hold"
     model = pipe.name_or_path or ""
@@ -177,21 +175,6 @@ def _dtype_of(part: nn.Module) -> str:
 
 def _dtype(name: Any) -> torch.dtype | None:
     return getattr(torch, name) if name in ("float32", "float16", "bfloat16", "float64") else None
-
-
-def _other_adapters(pipe: DiffusionPipeline) -> dict[str, dict[str, float]]:
-    """Name of an active or fused LoRA that is not ours -> its weight in each network."""
-    found: dict[str, dict[str, float]] = {}
-    for component, part in stock.components(pipe).items():
-        for layer in part.modules():
-            if not isinstance(layer, BaseTunerLayer) or getattr(layer, "disable_adapters", False):
-                continue
-            for name in {*layer.active_adapters, *getattr(layer, "merged_adapters", ())} - {lora.ADAPTER_NAME}:
-                scales: Any = layer
-                if name in getattr(layer, "scaling", {}):
-                    trained = scales.lora_alpha[name] / scales.r[name]
-                    found.setdefault(name, {}).setdefault(component, scales.scaling[name] / trained if trained else 0.0)
-    return found
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

@@ -208,9 +208,9 @@ def test_another_lora_is_written_down(model: Path, place: Path) -> None:
     pipe.set_adapters("style", 0.5)
     align(pipe, out="second")
     said = about(Path("second"))
-    assert said["pipeline"]["adapters"] == {"style": {"unet": 0.5}}
+    assert said["pipeline"]["adapters"] == [{"component": "unet", "name": "style", "weight": 0.5, "is_fused": False}]
     assert "'style'" in said["not_repeatable"]["pipeline"]
-    assert about(Path("style"))["pipeline"]["adapters"] == {}
+    assert about(Path("style"))["pipeline"]["adapters"] == []
 
 
 @pytest.mark.parametrize("value", [None, 1, 0.25, "a", True, [1, [2]], (1, 2), {"a": (1,)}, [{"tuple": [1]}]])
