@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, pipelines
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor
 
 from alignprop_pipe import export, lora, repeating, stock
@@ -60,12 +61,14 @@ class AlignPropPipeline(DiffusionPipeline):
 
         `hf://me/name` and `hf://me/name@revision` are on the Hub whatever folders are here. `kwargs` are those of
         `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `variant`, ...). Raises PipelineError where there is
-        no such folder and the name may have been meant as one, and HubError for an hf:// that is no name.
+        no such folder and the name may have been meant as one, or where the model names a module that is no part of
+        diffusers, and HubError for an hf:// that is no name.
         """
         name, there = model_source(pretrained_model_name_or_path)
         folder = resolve_model(name)
         if there.get("revision"):
             kwargs = {"revision": there["revision"], **kwargs}
+        refuse_foreign_modules(folder, kwargs)
         with autograd_on(), known_types() if folder != name else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
@@ -206,6 +209,27 @@ class AlignPropPipeline(DiffusionPipeline):
         "0.0-0.6" are the first 60 % (default: what the file says, else all). Raises AdapterError, ConfigError.
         """
         export.load_adapter(self, source, scale, window, revision)
+
+
+def refuse_foreign_modules(folder: str, kwargs: Mapping[str, Any]) -> None:
+    """A model's index names the module of each part, and diffusers before 0.42.1 imports whichever it is.
+
+    Modules that the program has imported itself are its own. Raises PipelineError.
+    """
+    where = ("revision", "cache_dir", "token", "local_files_only", "proxies", "force_download")
+    try:
+        index: Any = DiffusionPipeline.load_config(folder, **{name: kwargs[name] for name in where if name in kwargs})
+    except (OSError, ValueError):  # there is none, as from_pretrained will say
+        return
+    for part, named in index.items() if isinstance(index, dict) else ():
+        module = named[0] if isinstance(named, list | tuple) and len(named) == 2 and not part.startswith("_") else None
+        is_known = not isinstance(module, str) or module in LOADABLE_CLASSES or module in sys.modules
+        if not is_known and not hasattr(pipelines, module) and not kwargs.get("trust_remote_code"):
+            raise PipelineError(
+                f"{folder!r} names the module {module!r} for its part {part!r}, which is no part of diffusers and is "
+                "not imported. If you trust it, import it before, or give trust_remote_code=True where it lies in the "
+                "model's folder"
+            )
 
 
 @contextmanager

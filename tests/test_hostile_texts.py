@@ -187,7 +187,9 @@ def test_what_import_named_may_be_named_by_any_text(written: str, place: Path) -
         ("evil.py:Popen(args='touch made', shell=True)", "imported there from subprocess"),
         ("evil.py:PythonReward(source='os:system')", "imported there from"),
         ("evil.py:nn.Softmax", "is the module"),
-        ("evil.py:os.system", "is the module"),
+        ("evil.py:score.__call__", "imported there from"),
+        ("evil.py:score.__globals__.get", "imported there from"),
+        ("evil.py:made.__init__", "imported there from"),
         ("evil.py:Plain", "only classes of Reward and torch.nn.Module are made"),
         ("evil.py:score + os:system", "names Python code"),
         ("evil:score", "names Python code"),
@@ -492,7 +494,13 @@ def test_code_in_a_model_s_folder_is_not_run(tmp_path: Path, how: str) -> None:
     (model / "model_index.json").write_text(json.dumps(index))
     result = run("sample", model, "a dog", "--device", "cpu")
     assert result.exit_code != 0
-    assert "could not be loaded" in words(result.stderr)
+    said = {
+        "pipeline": "could not be loaded",
+        "component": "module 'evil'",
+        "module": "module 'evil'",
+        "package": "Popen",
+    }
+    assert said[how] in words(result.stderr)
     assert nothing_ran()
 
 

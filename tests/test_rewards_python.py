@@ -164,6 +164,7 @@ def test_a_file_is_found_from_the_current_folder(folder):
         ("mine.py:blurr", "it has: blur"),
         ("mine.py:sevens", "list: a function of images is needed"),
         ("mine.py:Score(strength=3)", "strength"),
+        ("math:pi.nothing", "math has no 'nothing'"),
         (
             "mine.py:Plain(power=3)",
             r"mine.*:Plain is a class.*only classes of Reward and torch.nn.Module are made.*instance",

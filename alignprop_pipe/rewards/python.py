@@ -147,7 +147,8 @@ def check_own(*texts: str) -> None:
         found = _within(place, module, attribute)
         while isinstance(found, functools.partial):
             found = found.func
-        home = found.__module__ if isinstance(found, type) or inspect.isroutine(found) else type(found).__module__
+        defined = found if isinstance(found, type) or inspect.isroutine(found) else type(found)
+        home = getattr(defined, "__module__", None)
         if home != module.__name__ and not isinstance(found, Reward | nn.Module):
             raise RewardError(
                 f"{text!r} is imported there from {home}; a text from a file may name what {place} defines"
@@ -158,7 +159,11 @@ def _within(place: str, found: Any, attribute: str) -> Any:
     """The attribute of a module, or of what is in it, but not of what another module holds."""
     for part in attribute.split("."):
         if not hasattr(found, part):
-            names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
+            names = [
+                name
+                for name, value in getattr(found, "__dict__", {}).items()
+                if callable(value) and not name.startswith("_")
+            ]
             close = difflib.get_close_matches(part, names, n=3, cutoff=0.5) or names
             raise RewardError(f"{place} has no {part!r}; it has: {', '.join(close) or 'no function at all'}")
         found = getattr(found, part)
