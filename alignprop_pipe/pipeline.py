@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,9 +223,11 @@ def refuse_foreign_modules(folder: str, kwargs: Mapping[str, Any]) -> None:
     except (OSError, ValueError):  # there is none, as from_pretrained will say
         return
     for part, named in index.items() if isinstance(index, dict) else ():
-        module = named[0] if isinstance(named, list | tuple) and len(named) == 2 and not part.startswith("_") else None
-        is_known = not isinstance(module, str) or module in LOADABLE_CLASSES or module in sys.modules
-        if not is_known and not hasattr(pipelines, module) and not kwargs.get("trust_remote_code"):
+        if part.startswith("_") or not (isinstance(named, list | tuple) and named and isinstance(named[0], str)):
+            continue
+        module = named[0]
+        is_known = module in LOADABLE_CLASSES or module in sys.modules or hasattr(pipelines, module)
+        if not is_known and not kwargs.get("trust_remote_code"):
             raise PipelineError(
                 f"{folder!r} names the module {module!r} for its part {part!r}, which is no part of diffusers and is "
                 "not imported. If you trust it, import it before, or give trust_remote_code=True where it lies in the "

@@ -385,6 +385,28 @@ def test_a_stranger_s_config_runs_nothing(form: str, text: str) -> None:
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"reward": "evil.py:score"}, "names Python code"),
+        ({"calibrated_reward": "zscore(evil:score)", "reward": "tv"}, "names Python code"),
+        ({"reward": 'subprocess:Popen(args="touch ran", shell=True)'}, "names Python code"),
+        ({"pipeline": {"call": {"judges": ["evil.py:score"]}}}, "does not take"),
+        ({"pipeline": {"call": {"reward": "evil.py:score"}}}, "does not take"),
+        ({"pipeline": {"scheduler": {"class": "evil"}}}, "no class"),
+        ({"pipeline": {"scheduler": {"class": "utils", "config": {}}}}, "no class"),
+        ({"pipeline": {"class": "ModelMixin"}}, "no class"),
+    ],
+)
+def test_what_stands_beside_the_settings_of_a_stranger_s_run_runs_nothing(beside: dict[str, Any], said: str) -> None:
+    Path("config.json").write_text(json.dumps({"config": {}, "model": "emoji", "reward": "tv", **beside}))
+    flags = [word for word in TRAIN if word not in ("--reward", "brightness")]
+    result = run(*flags, "--config", "config.json", "--dry-run")
+    assert result.exit_code != 0
+    assert said in words(result.stderr)
+    assert nothing_ran()
+
+
 def test_a_config_of_one_s_own_is_allowed_by_import() -> None:
     Path("config.json").write_text(json.dumps({"judges": ["evil.py:score"]}))
     result = run(*TRAIN, "--config", "config.json", "--import", "evil.py", "--json")
