@@ -16,8 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from alignprop_pipe import lora, stock
+from alignprop_pipe import lora, states, stock
 from alignprop_pipe.choices import Hinge
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, TrainingDiverged
@@ -114,7 +115,7 @@ def start(
     """Check everything that can be checked before the first step, measure what rewards lack, put the adapter on."""
     denoisers = stock.denoisers(pipe)
     stock.call_parameters(pipe)  # refuses a pipeline without prompts
-    stock.refuse_inference_weights(pipe)
+    states.refuse_untrainable(pipe)
     if reason := lora.obstacle(stock.components(pipe), denoisers):
         raise PipelineError(reason)
     device = stock.device_of(pipe)
@@ -264,7 +265,14 @@ def accumulate(
     loss = loss_of(config.loss, scores.total)
     if made.distance is not None:
         loss = loss + config.distance_weight * made.distance
-    state.scaler.scale(loss * share).backward()
+    try:
+        state.scaler.scale(loss * share).backward()
+    except CheckpointError as error:
+        raise PipelineError(
+            f"{type(state.pipe).__name__} computes something else the second time, when the backward pass repeats its "
+            "steps: something in it keeps a state from call to call. Take patches and caches off, or keep all steps in "
+            "memory with checkpointing='none'"
+        ) from error
     distance = None if made.distance is None else made.distance.item()
     kept = Scores(scores.total.detach(), {name: part.detach() for name, part in scores.parts.items()})
     return loss.item() * share, kept, made.graded, distance, shown(made)

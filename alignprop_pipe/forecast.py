@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
-from alignprop_pipe import lora, stock
+from alignprop_pipe import lora, states, stock
 from alignprop_pipe.choices import FullBackprop, KeepSteps, LastK, RandomLastK, RecomputeNone, Truncation
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.memory import recomputed
@@ -42,6 +42,7 @@ def forecast(pipe: DiffusionPipeline, config: AlignConfig) -> Forecast:
     The reward's own cost is not in it. Raises PipelineError.
     """
     denoisers = stock.denoisers(pipe)
+    states.refuse_untrainable(pipe)
     with lora.taken_out(denoisers.values()):  # an adapter of an earlier run stays what it was
         try:
             lora.attach(denoisers, config.lora, config.seed)

@@ -35,7 +35,7 @@ def components(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The networks that predict noise: one, or two where a pipeline splits its timesteps between them.
 
-    Raises PipelineError if there is none, or if one is compiled, quantised or offloaded.
+    Raises PipelineError if there is none, or if something else is wrapped round one.
     """
     painter = painting(pipe)
     listed = getattr(painter, "_lora_loadable_modules", ())  # not every pipeline has the list
@@ -45,8 +45,13 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
         is_named = name in listed or name.startswith(("unet", "transformer"))
         is_chosen = is_named or (not listed and isinstance(inner, PeftAdapterMixin))
         if is_chosen and _is_told_the_time(inner):
-            _refuse_unusable(name, part)
             found[name] = part
+        elif is_named and (path := _path_of_wrapped(part)):
+            merging = ", or to put the adapters of PEFT into the weights, merge_and_unload()"
+            raise PipelineError(
+                f"{name} is a {type(part).__name__} round the network: set pipe.{name} = pipe.{name}.{path}"
+                + merging * hasattr(part, "merge_and_unload")
+            )
     if not found:
         names = ", ".join(f"{name} ({type(part).__name__})" for name, part in components(pipe).items()) or "none"
         raise PipelineError(
@@ -80,21 +85,10 @@ def _is_told_the_time(part: Any) -> bool:
     return is_told and isinstance(part, ModelMixin) and not hasattr(part, "decode")
 
 
-def _refuse_unusable(name: str, part: nn.Module) -> None:
-    if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
-        raise PipelineError(f"{name} is compiled: call align() first and torch.compile the pipeline afterwards")
-    if getattr(part, "is_quantized", False) or getattr(part, "hf_quantizer", None) is not None:
-        raise PipelineError(
-            f"{name} is quantised, and a gradient through quantised weights is not exact: "
-            "load the pipeline without a quantization_config, in torch.bfloat16 to save memory"
-        )
-    hook = getattr(part, "_hf_hook", None)
-    grouped = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
-    if hook is not None or any("offload" in key for key in grouped):
-        raise PipelineError(
-            f"{name} is offloaded, and its weights would leave the device before the backward pass needs them: "
-            "call pipe.remove_all_hooks() and pipe.to('cuda'); gradient checkpointing already saves the memory"
-        )
+def _path_of_wrapped(part: nn.Module) -> str:
+    """Where in a PeftModel, a DataParallel and the like the network is; empty in one of diffusers."""
+    found = () if isinstance(part, ModelMixin) else part.named_modules()
+    return next((path for path, module in found if _is_told_the_time(module)), "")
 
 
 def refuse_inference_weights(pipe: DiffusionPipeline) -> None:
@@ -109,7 +103,8 @@ def refuse_inference_weights(pipe: DiffusionPipeline) -> None:
 
 def decoder(pipe: DiffusionPipeline) -> nn.Module | None:
     """The network that turns latents into pixels, or None for a pipeline that denoises pixels."""
-    return next((part for part in components(pipe).values() if callable(getattr(part, "decode", None))), None)
+    parts = (getattr(part, "_orig_mod", part) for part in components(pipe).values())  # decode is never compiled with it
+    return next((part for part in parts if callable(getattr(part, "decode", None))), None)
 
 
 def scheduler(pipe: DiffusionPipeline) -> Any:

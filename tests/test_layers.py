@@ -57,6 +57,7 @@ LAYERS = {
     "loss": 2,
     "trackers": 2,
     "lora": 2.1,
+    "states": 2.1,
     "windows": 2.2,
     "single_file": 2,
     "export_header": 2,
