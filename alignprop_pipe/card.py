@@ -16,7 +16,7 @@ from alignprop_pipe.choices import Maximize, loss_from_text
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.escaping import cell, code, fenced, in_markdown, in_python, in_shell, link, visible
 from alignprop_pipe.licences import HUB, overall
-from alignprop_pipe.records import Change
+from alignprop_pipe.records import Change, part_of
 from alignprop_pipe.summary import RunWarning, warnings_of
 
 
@@ -57,19 +57,19 @@ def _metadata(facts: Facts) -> ModelCardData:
     tags += [f"reward:{name}" for name in dict.fromkeys(rewards) if name not in ("py",)]
     licence = overall(facts.licences)
     if licence["license"] == "other":
-        licence["license_link"] = f"{HUB}{facts.repo_id}#licences"
+        licence["license_link"] = visible(f"{HUB}{facts.repo_id}#licences")
     more: dict[str, Any] = (
         {"widget": [{"text": visible(text), "output": {"url": url}} for text, url in facts.widgets]}
         if facts.widgets
         else {}
     )
     return ModelCardData(
-        base_model=facts.base if "/" in facts.base else None,
+        base_model=visible(facts.base) if "/" in facts.base else None,
         library_name="diffusers",
         pipeline_tag=facts.task,
         tags=tags,
         eval_results=_eval_results(facts) or None,
-        model_name=facts.name if facts.changes else None,
+        model_name=visible(facts.name) if facts.changes else None,
         **licence,
         **more,
     )
@@ -198,7 +198,8 @@ def _kind(facts: Facts, name: str) -> str:
     if name == "diversity":
         return "mean distance of two pictures"
     if name in facts.judges:
-        return "part of a judge" if "." in name else "judge, never trained on"
+        is_part = name not in facts.after.main_judges if facts.after else part_of(name, facts.judges)
+        return "part of a judge" if is_part else "judge, never trained on"
     return "part of the reward"
 
 

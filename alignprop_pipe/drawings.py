@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from alignprop_pipe.escaping import one_line
 from alignprop_pipe.files import SHEET_CHUNK, write_whole
 from alignprop_pipe.records import Evidence, StepRecord
 
@@ -31,6 +32,9 @@ SHOWN = 12
 
 SMALL = 128
 """Pictures up to this many pixels are enlarged in whole pixels, not smoothed."""
+
+LONGEST_LABEL = 40
+"""Letters of a line's name beside the curve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def sheet_caption(before: Evidence, after: Evidence) -> str:
     """What the pairs are and how they were taken."""
     count, shown = len(before.prompts), len(shown_prompts(len(before.prompts)))
     which = f"All {count} held-out prompts" if shown == count else f"{shown} of {count} held-out prompts, evenly spaced"
-    judged = f" and what the judge {_judges(after)[0]} gave it" if _judges(after) else ""
+    judged = f" and what the judge {after.main_judges[0]} gave it" if after.main_judges else ""
     return (
         f"{which}, not chosen by score. Left: before. Right: after, with the adapter of step {after.step}. "
         f"Both pictures of a pair start from the same noise. The numbers are that picture's reward{judged}."
@@ -139,15 +143,10 @@ def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> No
 
 def score_text(look: Evidence, number: int) -> str:
     """The reward of one picture and what the first judge gave it, as far as they are known."""
-    names = ["reward", *_judges(look)[:1]]  # there is no room for more under a picture
+    names = ["reward", *look.main_judges[:1]]  # there is no room for more under a picture
     known = [look.per_prompt.get(name, ()) for name in names]
     reward, *judged = [f"{values[number]:.4g}" if number < len(values) else "" for values in known]
     return " · ".join(filter(None, (reward, *(f"judge {value}" for value in judged if value))))
-
-
-def _judges(look: Evidence) -> list[str]:
-    """The judges' names, without what they log besides."""
-    return [name for name in look.judges if "." not in name]
 
 
 def _cell(height: int, width: int) -> tuple[int, int]:
@@ -326,8 +325,10 @@ def _look_panel(
 def _look_line(axes: Axes, looks: Sequence[Evidence], values: Sequence[float], color: str, name: str) -> None:
     order = sorted(range(len(looks)), key=lambda i: looks[i].step)
     steps, heights = [looks[i].step for i in order], [_finite(values[i]) for i in order]
-    # Names come from users: matplotlib reads $ as mathematics and leaves out what begins with an underscore.
-    label = name.replace("$", r"\$")
+    # Names come from anybody: matplotlib reads $ as mathematics, leaves out what begins with an underscore, and makes
+    # room for a long one until no curve is left.
+    label = one_line(name)
+    label = (label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…").replace("$", r"\$")
     label = f" {label}" if label.startswith("_") else label
     axes.plot(steps, heights, color=color, lw=1.2, ls="--", marker="o", ms=5, label=label, zorder=3)
     if len(looks) > 1:

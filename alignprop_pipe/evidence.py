@@ -5,6 +5,7 @@ diversity do not is what this file is there to show. Each picture has its own ge
 place among the prompts: the noise is the same before and after training, whatever `eval_batch_size` is.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,9 @@ def _evidence(
         columns.append({name: scores.total, **{part: v for part, v in scores.parts.items() if part != name}})
     table = merge_parts(columns)
     names = list(table)
-    judges = names[1 + len(rewarded.parts) :]
+    first = 1 + len(rewarded.parts)
+    judges = names[first:]
+    places = itertools.accumulate((len(column) for column in columns[2:-1]), initial=first) if judged else ()
     return Evidence(
         step=step,
         prompts=prompts.prompts,
@@ -183,4 +186,5 @@ def _evidence(
         per_prompt={name: tuple(values.tolist()) for name, values in table.items()},
         images=images,
         measures=measures_of(images),
+        judge_names=tuple(names[place] for place in places),
     )

@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from alignprop_pipe import adapter_files
 from alignprop_pipe.card import model_card
 from alignprop_pipe.card_facts import CONFIG, CURVE, METRICS, SHEET, WEIGHTS, Facts
-from alignprop_pipe.config import FIELD_PATHS, AlignConfig
+from alignprop_pipe.config import FIELD_PATHS, value_from
+from alignprop_pipe.config_fields import check
 from alignprop_pipe.drawings import SMALL, png_bytes
 from alignprop_pipe.errors import AlignError, ConfigError, HubError, RunError
 from alignprop_pipe.escaping import in_shell
@@ -27,7 +28,7 @@ from alignprop_pipe.export_header import PROMPTS_SHOWN, Base, public_id
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
 from alignprop_pipe.privacy import Private
 from alignprop_pipe.prompts import named_sets
-from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.records import Change, Evidence, StepRecord, part_of
 from alignprop_pipe.runs import read_metrics
 from alignprop_pipe.summary import diversity_change, paired_change
 
@@ -163,7 +164,9 @@ def facts_of(repo_id: str, source: Source, run: Run | None, private: Private) ->
     )
     facts = facts if run is None else _with_run(facts, run)
     changes = {private.cleaned(name): change for name, change in facts.changes.items()}
-    return replace(facts, changes=changes, judges=tuple(map(private.cleaned, facts.judges)))
+    before, after = (_with_names_of(private, look) for look in (facts.before, facts.after))
+    judges = tuple(map(private.cleaned, facts.judges))
+    return replace(facts, changes=changes, judges=judges, before=before, after=after)
 
 
 def public_about(run: Run, source: Source) -> dict[str, Any]:
@@ -282,6 +285,17 @@ def _with_run(facts: Facts, run: Run) -> Facts:
     )
 
 
+def _with_names_of(private: Private, look: Evidence | None) -> Evidence | None:
+    """The look with the names of its scores cleaned."""
+    if look is None:
+        return None
+    per_prompt = {private.cleaned(name): values for name, values in look.per_prompt.items()}
+    judges = {private.cleaned(name): value for name, value in look.judges.items()}
+    return replace(
+        look, per_prompt=per_prompt, judges=judges, judge_names=tuple(map(private.cleaned, look.judge_names))
+    )
+
+
 def _source_of(prompts: str) -> str:
     return (
         f"the set '{prompts}' that ships with alignprop-pipe"
@@ -306,7 +320,7 @@ def _changes_of_header(header: Mapping[str, str]) -> dict[str, Change]:
 
 def _judges_of_header(header: Mapping[str, str], config: Mapping[str, Any]) -> tuple[str, ...]:
     judges = [judge.partition("(")[0] for judge in _table(config, "evaluation").get("judges", ())]
-    return tuple(name for name in _json(header.get("scores", "")) if name.partition(".")[0] in judges)
+    return tuple(name for name in _json(header.get("scores", "")) if name in judges or part_of(name, judges))
 
 
 def _size(source: Source) -> str:
@@ -341,14 +355,15 @@ def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Of a configuration that anybody may have written, the settings that this version knows and takes."""
     found: dict[str, Any] = {}
-    for name, (part, _) in FIELD_PATHS.items():
+    for name, (part, spec) in FIELD_PATHS.items():
         inside = given if part is None else _table(given, part)
         if name not in inside:
             continue
         with contextlib.suppress(ConfigError):
-            taken = AlignConfig().replace(**{name: inside[name]}).to_dict()
-            home, source = (found, taken) if part is None else (found.setdefault(part, {}), taken[part])
-            home[name] = source[name]
+            value = value_from(name, spec, inside[name])
+            check(name, spec, value)
+            home = found if part is None else found.setdefault(part, {})
+            home[name] = str(value) if spec.metadata["parse"] else value
     return found
 
 

@@ -1,6 +1,6 @@
 """What the stages hand to each other: frozen records with names, and the shapes of the tensors in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ class Evidence:
     besides under theirs; a name that is taken gets a number ("clip_2"). `diversity` is the mean distance of all pairs
     of pictures (see `evidence.diversity`). Of videos, `images` holds the middle frames. `measures` say what the
     pictures are like, whatever the reward, one value per prompt: `distance` to the other pictures, whose mean is the
-    diversity, `contrast`, and the `clipped` share of their values (see `evidence.measures_of`).
+    diversity, `contrast`, and the `clipped` share of their values (see `evidence.measures_of`). `judge_names` are
+    those of the judges themselves.
     """
 
     step: int
@@ -60,6 +61,18 @@ class Evidence:
     per_prompt: Mapping[str, tuple[float, ...]]
     images: Images | None = None
     measures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    judge_names: tuple[str, ...] = ()
+
+    @property
+    def main_judges(self) -> list[str]:
+        """The judges themselves, without what they log besides, whose fall may be good or bad."""
+        known = [name for name in self.judge_names if name in self.judges]
+        return known or [name for name in self.judges if not part_of(name, self.judges)]
+
+
+def part_of(name: str, judges: Iterable[str]) -> str:
+    """The judge that `name` ("judge.count") is an attribute of; empty for a judge ("hpsv2.1") and for other scores."""
+    return next((judge for judge in judges if name.startswith(f"{judge}.")), "")
 
 
 @dataclass(frozen=True, slots=True)

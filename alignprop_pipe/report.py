@@ -65,8 +65,8 @@ def summary_sentences(before: Evidence, after: Evidence, changes: Mapping[str, C
     sentences = [f"Measured on {number} held-out prompt{'s' * (number != 1)} with the same noise before and after."]
     if "reward" in changes:
         sentences.append(f"The reward {_moved(changes['reward'])}.")
-    for name in after.judges:
-        if name in changes and "." not in name:  # its attributes stand in the table
+    for name in after.main_judges:  # what they log besides stands in the table
+        if name in changes:
             sentences.append(f"The judge {name}, never trained on, {_moved(changes[name])}.")
     if math.isfinite(before.diversity) and math.isfinite(after.diversity):
         share = f" ({after.diversity / before.diversity - 1:+.0%})" if before.diversity > 0 else ""
@@ -138,8 +138,8 @@ def _numbers(run: RunSummary) -> str:
         tiles.append((f"{run.changes['reward'].difference:+.3g}", "held-out reward"))
     tiles += [
         (f"{run.changes[name].difference:+.3g}", f"{name} (judge)")
-        for name in (run.after.judges if run.after else ())
-        if name in run.changes and "." not in name
+        for name in (run.after.main_judges if run.after else ())
+        if name in run.changes
     ]
     if seconds:
         tiles.append((_duration(sum(seconds)), f"training time, {statistics.median(seconds):.3g} s a step"))

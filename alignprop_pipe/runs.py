@@ -388,6 +388,7 @@ def _evidence(data: Mapping[str, Any]) -> Evidence:
         diversity=_number(data["diversity"]),
         per_prompt={name: tuple(map(_number, values)) for name, values in data["per_prompt"].items()},
         measures={name: tuple(map(_number, values)) for name, values in data.get("measures", {}).items()},
+        judge_names=tuple(data.get("judge_names", ())),
     )
 
 

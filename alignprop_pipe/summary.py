@@ -13,7 +13,7 @@ from typing import Literal
 
 from alignprop_pipe.choices import Hinge, Loss, Maximize, Target
 from alignprop_pipe.errors import AlignError
-from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.records import Change, Evidence, StepRecord, part_of
 
 Kind = Literal[
     "not-finite",
@@ -83,10 +83,14 @@ def warnings_of(
         changes: `paired_change` of the two, or what is known of it.
         loss: what the run made of the reward: with `target:0.2`, a reward that falls to 0.2 is no fall.
         status: how the run ended, where that is not said beside the warnings.
-        judges: names in `changes` that were never trained on; default: those of `after`.
+        judges: names in `changes` that were never trained on; default: those of `after`. Where `after` names its
+            judges, only these and their attributes count: what a judge logs besides may fall for the better.
         diversity: default: that of the two looks.
     """
-    look = _Looks(before, after, changes, loss, tuple(after.judges if judges is None and after else judges or ()))
+    names = tuple(after.judges if judges is None and after is not None else judges or ())
+    if after is not None and after.judge_names:
+        names = tuple(name for name in names if name in after.judge_names or part_of(name, after.judge_names))
+    look = _Looks(before, after, changes, loss, names)
     return (
         *_not_finite(look),
         *_goal(look),
@@ -270,17 +274,13 @@ def _goal(look: _Looks) -> Iterator[RunWarning]:
 def _judges(look: _Looks) -> Iterator[RunWarning]:
     goal, told = look.goal, set[str]()
     rose = goal is not None and goal.difference > 0
-    for name in sorted(look.judges, key=lambda name: "." in name):  # a judge before its attributes
-        whole, is_part, _ = name.partition(".")
+    wholes = {name: part_of(name, look.judges) for name in look.judges}
+    for name in sorted(look.judges, key=lambda name: bool(wholes[name])):  # a judge before its attributes
         change = look.changes.get(name)
-        errors = ERRORS_OF_A_PART if is_part else ERRORS
-        if (
-            change is None
-            or (is_part and whole in told)
-            or not look.fell(change, look.spread(name), errors, OF_A_JUDGE)
-        ):
+        errors = ERRORS_OF_A_PART if wholes[name] else ERRORS
+        if change is None or wholes[name] in told or not look.fell(change, look.spread(name), errors, OF_A_JUDGE):
             continue
-        told.add(whole)
+        told.add(name)
         words = f"The judge {name}, which was never trained on, fell, {numbers_of(change)}"
         if rose:
             yield RunWarning(

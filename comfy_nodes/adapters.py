@@ -81,9 +81,12 @@ class LoadAdapter(io.ComfyNode):
 
 
 def about(adapter: Any) -> str:
-    """An adapter in a few lines."""
+    """An adapter in a few lines, one for each text of its header."""
+    from alignprop_pipe.escaping import one_line
+
     shown = ("alignprop.base_model", "alignprop.reward", "alignprop.step", "alignprop.prompts", "alignprop.scores")
-    return "\n".join([repr(adapter), *(f"{key}: {adapter.metadata[key]}" for key in shown if key in adapter.metadata)])
+    said = (f"{key}: {adapter.metadata[key]}" for key in shown if key in adapter.metadata)
+    return "\n".join(map(one_line, [repr(adapter), *said]))
 
 
 class MixAdapters(io.ComfyNode):

@@ -89,7 +89,10 @@ class Run:
     """What the node shows while it trains."""
 
     def __init__(self, node_id: str, config: Any, held_out: int) -> None:
+        from alignprop_pipe.summary import Watch
+
         self.node_id, self.config = node_id, config
+        self.watch = Watch(config.loss)
         self.points: list[dict[str, Any]] = []
         calls, evaluation = config.sampling.num_inference_steps, config.evaluation
         looks = 0 if not held_out else 2 + (config.steps - 1) // evaluation.eval_every if evaluation.eval_every else 2
@@ -100,6 +103,7 @@ class Run:
 
     def on_step(self, record: Any) -> None:
         """Bar, text, preview and curve of one record."""
+        self.watch.first_at(record)
         self.points.append(point(record))
         host.send(EVENT, {"node": self.node_id, "steps": self.config.steps, "point": self.points[-1]})
         pictures = record.evidence.images if record.evidence is not None else record.images
@@ -108,13 +112,16 @@ class Run:
         self.progress.say(self.text(record))
 
     def text(self, record: Any) -> str:
-        """One line for the node: `step 3/50  reward 0.52  held-out 0.48  1 min 20 s left`."""
+        """For the node: `step 3/50  reward 0.52  held-out 0.48  1 min 20 s left`, and what its newest look warns of."""
+        from alignprop_pipe.escaping import one_line
+
         held_out = next((p["held_out"] for p in reversed(self.points) if p["held_out"] is not None), None)
         words = [f"step {record.step}/{self.config.steps}"]
         words += [f"reward {record.reward:.4g}"] if record.step else []
         words += [f"held-out {held_out:.4g}"] if held_out is not None else []
         left = self.progress.left()
-        return "  ".join([*words, f"{int(left // 60)} min {int(left % 60):02d} s left"])
+        line = "  ".join([*words, f"{int(left // 60)} min {int(left % 60):02d} s left"])
+        return "\n".join([line, *(f"warning: {one_line(warning.text)}" for warning in self.watch.holding)])
 
 
 def point(record: Any) -> dict[str, Any]:
@@ -147,7 +154,9 @@ def keep_stopped(result: Any) -> None:
 def outputs(result: Any, run: Run) -> io.NodeOutput:
     """The node's outputs, and what it shows when it is done."""
     folder = result.run_folder
-    report = "\n".join(f"{name}: {text}" for name, text in result.rows() if name != "run folder")
+    from alignprop_pipe.escaping import one_line
+
+    report = "\n".join(f"{one_line(name)}: {one_line(text)}" for name, text in result.rows() if name != "run folder")
     report += f"\nreport: {host.shown_in(folder / 'report.html')}"
     steps = [record for record in result.history if record.step]
     losses = {"loss": [record.loss for record in steps], "reward": [record.reward for record in steps]}

@@ -9,10 +9,11 @@ from miniatures import sd15, wan
 
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AlignError, PipelineError, PromptError
-from alignprop_pipe.evidence import diversity, evaluate, paired_change
+from alignprop_pipe.evidence import diversity, evaluate, measures_of, paired_change
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence
 from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.registry import parse_reward
 
 PROMPTS = PromptSet(
     ("a red dog", "two cats", "three birds on the snow", "a boat", "one house"), {"wanted": (0.1, 0.2, 0.3, 0.4, 0.5)}
@@ -261,3 +262,21 @@ def test_a_change_that_cannot_be_computed(pipe):
         paired_change(base, other)
     alone = dataclasses.replace(base, prompts=("a",), per_prompt={"reward": (1.0,)})
     assert math.isnan(paired_change(alone, alone)["reward"].standard_error)
+
+
+def test_judges_are_told_from_what_they_log_besides(pipe):
+    """Names with a dot and parts of a sum included: only the judges themselves are main judges."""
+    got = look(pipe, judges=[parse_reward("0.5*jpeg - brightness"), NearWanted(), parse_reward("-brightness")])
+    assert got.main_judges == ["0.5*jpeg - brightness", "near", "-brightness"]
+    assert {"jpeg", "jpeg_kb", "near.words"} <= set(got.judges) - set(got.main_judges)
+    assert look(pipe, judges=[]).main_judges == []
+
+
+def test_what_pictures_are_like():
+    white, halves = torch.ones(3, 8, 8), torch.zeros(3, 8, 8)
+    halves[:, :, :4] = 1
+    grey = torch.full((3, 8, 8), 0.5)
+    found = measures_of(torch.stack([white, halves, grey]))
+    assert found["contrast"] == (0.0, 0.5, 0.0)
+    assert found["clipped"] == (1.0, 1.0, 0.0)
+    assert sum(found["distance"]) / 3 == pytest.approx(diversity(torch.stack([white, halves, grey])))

@@ -142,6 +142,20 @@ def test_attributes_of_a_judge_are_said_where_the_judge_itself_is_not() -> None:
     assert [warning.score for warning in both] == ["judge"]
 
 
+def test_what_a_judge_logs_besides_may_fall_for_the_better() -> None:
+    """`jpeg_kb` is the size of the file, which `jpeg` wants small."""
+    rose, fell = shifted(EVEN, 0.2), shifted(EVEN, -0.2)
+    before = look(0, **{"hpsv2.1": EVEN, "jpeg": EVEN, "jpeg_kb": EVEN})
+    after = look(9, rose, **{"hpsv2.1": rose, "jpeg": rose, "jpeg_kb": fell})
+    named = [dataclasses.replace(one, judge_names=("hpsv2.1", "jpeg")) for one in (before, after)]
+    assert found(*named) == {}
+    assert named[1].main_judges == ["hpsv2.1", "jpeg"]
+    worse = dataclasses.replace(
+        look(9, rose, **{"hpsv2.1": fell, "jpeg": rose, "jpeg_kb": fell}), judge_names=("hpsv2.1", "jpeg")
+    )
+    assert found(named[0], worse)["reward-gamed"].score == "hpsv2.1"
+
+
 @pytest.mark.parametrize(
     ("count", "after", "is_said"), [(1, 0.1, True), (1, 0.4, False), (2, 0.1, True), (2, 0.4, False)]
 )

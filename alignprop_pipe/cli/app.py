@@ -161,7 +161,10 @@ def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
         rows += [("diversity", f"{result.before.diversity:.4g}", f"{result.after.diversity:.4g}", "")]
         title = f"{console.counted(len(result.after.prompts), 'held-out prompt')}, same noise"
         output.table(title, ("", "before", "after", "change"), rows, numbers=True)
-    output.say(f"{result.stopped or 'done'}, {console.duration(result.seconds)}")
+    warnings = result.warnings
+    ended = result.stopped or ("done, with warnings" if warnings else "done")
+    output.say(f"{ended}, {console.duration(result.seconds)}")
+    output.warn(warnings)
     files = {name: path for name, path in _files(result).items() if path.exists()}
     for name, path in files.items():
         output.result(f"{name + ':':<15}{path}")
@@ -174,7 +177,8 @@ def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
         "seconds": result.seconds,
         "steps": result.steps,
     }
-    output.record("result", {**facts, "held_out": held_out, "run_folder": result.run_folder, "files": files})
+    told = {"held_out": held_out, "warnings": warnings}
+    output.record("result", {**facts, **told, "run_folder": result.run_folder, "files": files})
 
 
 def _change_row(name: str, before: float, after: float, difference: float, error: float) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def install(folder: Folder, debug: Debug = False) -> None:
 
         changed = write(folder)
         for path in changed:
-            typer.echo(f"wrote {path}")
+            typer.echo(console.shown(f"wrote {path}"))
         typer.echo("start ComfyUI again: the nodes are under AlignProp" if changed else "all of it is there already")
 
 
@@ -41,4 +41,4 @@ def uninstall(folder: Folder, debug: Debug = False) -> None:
         from alignprop_pipe.comfyui import uninstall as remove
 
         gone = remove(folder)
-        typer.echo("there is nothing to take away" if gone is None else f"removed {gone}")
+        typer.echo("there is nothing to take away" if gone is None else console.shown(f"removed {gone}"))

@@ -1,7 +1,9 @@
 """Everything the commands say, and the one table from an exception to advice and exit code.
 
 `Output` knows where talk, records and results go; `Progress` is the live line of a run; `translated` turns errors
-into a sentence and an exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+into a sentence and an exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted. Nothing that is printed here can
+steer the terminal: texts out of files, prompts and names are written out by `escaping.visible`, and rich's markup is
+off.
 """
 
 import contextlib
@@ -23,6 +25,8 @@ import typer
 
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AlignError, ConfigError, PromptError, RewardError
+from alignprop_pipe.escaping import one_line, visible
+from alignprop_pipe.summary import RunWarning, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,6 +61,11 @@ class Output:
         """A line that stays under `--quiet`."""
         self._line(text)
 
+    def warn(self, warnings: Sequence[RunWarning], when: str = "") -> None:
+        """A line for each warning, which stays under `--quiet`."""
+        for warning in warnings:
+            self._line(f"warning: {when}{warning.text}", style="bold yellow")
+
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
         """One JSON line on stdout, under `--json` only."""
         if self.json:
@@ -74,8 +83,18 @@ class Output:
         if not self.quiet:
             self.console.print(table(title, columns, rows, numbers=numbers, footers=footers))
 
-    def _line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+    def _line(self, text: str, style: str | None = None) -> None:
+        self.console.print(shown(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def shown(text: str) -> str:
+    """What is printed for `text`: nothing in it steers the terminal, and no line of it passes for one of ours."""
+    return visible(text).replace("\n", "\n  ")
+
+
+def complain(text: str) -> None:
+    """A line on stderr."""
+    typer.echo(shown(text), err=True)
 
 
 def table(
@@ -89,21 +108,24 @@ def table(
     """A table without vertical lines; texts are taken word for word."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Raw
+
+    def text(words: str) -> Raw:
+        return Raw(visible(words))
 
     right = numbers if isinstance(numbers, range) else range(1, len(columns) * numbers)
     made = Table(
-        title=Text(title) if title else None,
+        title=text(title) if title else None,
         title_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
         show_footer=bool(footers),
     )
     for place, name in enumerate(columns):
-        foot = Text(footers[place] if footers else "")
-        made.add_column(Text(name), foot, justify="right" if place in right else "left", overflow="fold")
+        foot = text(footers[place] if footers else "")
+        made.add_column(text(name), foot, justify="right" if place in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*map(text, row))
     return made
 
 
@@ -159,6 +181,7 @@ class Progress:
         self.pictures = pictures
         self.held_out = ""
         self.seconds: list[float] = []
+        self.watch = Watch(config.loss)
         self._bar: Any = _bar(output.console) if output.live else None
         self._task: Any = None
 
@@ -176,19 +199,23 @@ class Progress:
     def doing(self, text: str) -> None:
         """Say what is going on now."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text, refresh=True)
+            self._bar.update(self._task, description=one_line(text), refresh=True)
         else:
             self.output.say(text)
 
     def on_step(self, record: Any) -> None:
-        """Show one StepRecord."""
+        """Show one StepRecord, and what its look warns of where it did not before."""
         end_of_patience(None)  # the step ended in time
-        self.output.record("step", plain(record))
+        fresh = self.watch.first_at(record)
+        warned = {} if record.evidence is None else {"warnings": plain(self.watch.holding)}
+        self.output.record("step", {**plain(record), **warned})
         if record.evidence is not None:
             self.held_out = held_out_text(record.evidence)
         if record.step:
             self.seconds.append(record.seconds)
         self._show(record)
+        if fresh and record.step < self.steps and not self.output.quiet:  # after the last step the summary follows
+            self.output.warn(fresh, f"step {record.step}: ")
 
     def _show(self, record: Any) -> None:
         if self._bar is None:
@@ -220,18 +247,20 @@ class Progress:
 
 def held_out_text(evidence: Any) -> str:
     """`0.231, emoji_judge 0.55, diversity 0.30`."""
-    judges = [f"{name} {value:.3g}" for name, value in evidence.judges.items() if "." not in name]
+    judges = [f"{name} {evidence.judges[name]:.3g}" for name in evidence.main_judges]
     return ", ".join([f"{evidence.reward:.4g}", *judges, f"diversity {evidence.diversity:.3g}"])
 
 
 def _bar(console: "Console") -> Any:
     from rich import progress
 
-    text = progress.TextColumn
+    def text(template: str) -> Any:
+        return progress.TextColumn(template, markup=False)
+
     # 80 columns are enough for all of it.
     columns = (text("{task.description}"), progress.BarColumn(bar_width=10), progress.MofNCompleteColumn())
     times = (text("ETA"), progress.TimeRemainingColumn())
-    return progress.Progress(*columns, *times, text("{task.fields[note]}", markup=False), console=console)
+    return progress.Progress(*columns, *times, text("{task.fields[note]}"), console=console)
 
 
 def counting_bar() -> Any:
@@ -239,7 +268,11 @@ def counting_bar() -> Any:
     from rich import progress
 
     console = _rich_console(stderr=True)
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+    )
     times = (progress.TextColumn("ETA"), progress.TimeRemainingColumn())
     return progress.Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
 
@@ -248,7 +281,9 @@ def counting_bar() -> Any:
 def waiting(output: Output, text: str) -> Iterator[None]:
     """A spinner on a terminal, else a plain line, while something takes its time."""
     if output.live:
-        with output.console.status(text):
+        from rich.text import Text
+
+        with output.console.status(Text(one_line(text))):
             yield
     else:
         output.say(text)
@@ -336,16 +371,19 @@ def translated(*, debug: bool = False) -> Iterator[None]:
     try:
         with sigterm_as_interrupt():
             yield
+    except typer.BadParameter as error:
+        error.message = visible(error.message)
+        raise
     except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        complain("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
         if debug or os.environ.get("ALIGNPROP_DEBUG", "0") not in ("", "0"):
-            traceback.print_exc()
+            complain(traceback.format_exc())
         code, text = verdict(error)
-        typer.echo(f"error: {text}", err=True)
+        complain(f"error: {text}")
         raise typer.Exit(code) from error
 
 
@@ -369,7 +407,7 @@ def quiet_libraries(output: Output) -> None:
 
     def note(message: Warning | str, _category: type, filename: str, *_: Any, **__: Any) -> None:
         if filename.startswith(home):
-            typer.echo(f"note: {message}", err=True)
+            complain(f"note: {message}")
 
     warnings.showwarning = note
     if output.quiet:
@@ -384,4 +422,5 @@ class _Notes(logging.Handler):
     """What the package logs, as notes on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"note: {record.getMessage()}", err=True)
+        if not hasattr(record, "run_warning"):  # `Progress` says these
+            complain(f"note: {record.getMessage()}")

@@ -10,6 +10,7 @@ import typer
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.opening import open_pipeline
 from alignprop_pipe.cli.options import OUTPUT, Common, options_from
+from alignprop_pipe.escaping import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -198,8 +199,8 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 
 def _cut(text: str, most: int = 100) -> str:
-    """A text out of a file on one line, without signs that would move a terminal's cursor."""
-    line = "".join(sign if sign.isprintable() else " " for sign in text)
+    """A text out of a file on one line."""
+    line = one_line(text)
     return line if len(line) <= most else f"{line[:most]}… ({len(text)} characters)"
 
 

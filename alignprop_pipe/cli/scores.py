@@ -67,7 +67,7 @@ def score(request: ScoreRequest) -> None:
     _tell(outcome, reward, request, output)
     if outcome.interrupted:
         scored = len(outcome.scored)
-        typer.echo(f"interrupted after {scored} of {console.counted(len(tasks), 'picture')}", err=True)
+        console.complain(f"interrupted after {scored} of {console.counted(len(tasks), 'picture')}")
         raise typer.Exit(console.INTERRUPTED)
     if outcome.failed:
         raise typer.Exit(console.FAILED)
@@ -164,7 +164,7 @@ class _Bar:
 
 def _say_skipped(one: "Skipped", output: console.Output) -> None:
     if one.failed:
-        typer.echo(f"skipped: {_shown(one.path)}: {one.reason}", err=True)
+        console.complain(f"skipped: {_shown(one.path)}: {one.reason}")
     else:
         output.say(f"left out: {_shown(one.path)}: {one.reason}")
 
@@ -330,7 +330,7 @@ def check(request: CheckRequest) -> None:
     if not refused:
         return output.result(f"ok: {reward} can train")
     for text in dict.fromkeys(trial.refusal for trial in refused):
-        typer.echo(f"refused: {text}", err=True)
+        console.complain(f"refused: {text}")
     raise typer.Exit(console.FAILED)
 
 
