@@ -26,10 +26,11 @@ import typer
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AlignError, ConfigError, PromptError, RewardError
 from alignprop_pipe.escaping import one_line, visible
-from alignprop_pipe.summary import RunWarning, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from alignprop_pipe.summary import RunWarning
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 PATIENCE_AFTER_SIGTERM = 5
@@ -61,7 +62,7 @@ class Output:
         """A line that stays under `--quiet`."""
         self._line(text)
 
-    def warn(self, warnings: Sequence[RunWarning], when: str = "") -> None:
+    def warn(self, warnings: "Sequence[RunWarning]", when: str = "") -> None:
         """A line for each warning, which stays under `--quiet`."""
         for warning in warnings:
             self._line(f"warning: {when}{warning.text}", style="bold yellow")
@@ -175,6 +176,8 @@ class Progress:
     """
 
     def __init__(self, output: Output, config: AlignConfig, pictures: int) -> None:
+        from alignprop_pipe.summary import Watch
+
         self.output = output
         self.steps = config.steps
         self.every = config.evaluation.eval_every
@@ -383,7 +386,9 @@ def translated(*, debug: bool = False) -> Iterator[None]:
         if debug or os.environ.get("ALIGNPROP_DEBUG", "0") not in ("", "0"):
             complain(traceback.format_exc())
         code, text = verdict(error)
-        complain(f"error: {text}")
+        several = isinstance(error, ConfigError) and len(error.args) > 1
+        for one in error.args if several else [text]:
+            complain(f"error: {one}")
         raise typer.Exit(code) from error
 
 

@@ -69,7 +69,7 @@ class Problems:
     def tell(self) -> None:
         """Raises ConfigError with all of them, where there are any."""
         if self.found:
-            raise ConfigError("\nerror: ".join(self.found))
+            raise ConfigError(*self.found)
 
 
 @dataclass(frozen=True)
