@@ -281,10 +281,11 @@ def free_port() -> int:
 
 
 def environment(base: Path, missing: tuple[str, ...]) -> dict[str, str]:
-    """A home of its own, so that no cache or login of this machine is used, and no way out."""
+    """A home of its own, so that no cache or login of this machine is used, and no way out; code may be named."""
     script = FORGET_THE_INSTALLED.format(root=str(ROOT), missing=missing)
     (base / "site" / "sitecustomize.py").write_text(script, encoding="utf-8")
     ours = {"HF_TOKEN": SECRET, "HOME": str(base / "home"), "PYTHONPATH": str(base / "site"), "PYTHONUNBUFFERED": "1"}
+    ours["ALIGNPROP_ALLOW_CODE"] = "1"  # rewards that fail on purpose are functions in files of the tests
     away = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NO_OUTSIDE)
     dropped = ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}

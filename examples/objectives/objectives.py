@@ -124,7 +124,7 @@ def mixed(seed: int) -> tuple[Evidence, Evidence]:
     config = AlignConfig.preset("emoji").replace(seed=seed)
     pipe = AlignPropPipeline.from_pretrained("emoji")
     held_out = PromptSet.load("emoji").split(HELD_OUT, seed)[1]
-    judges = [parse_reward(text) for text in WATCHED]
+    judges = [parse_reward(text, allow_code=True) for text in WATCHED]
     before = evaluate(pipe, parse_reward("clip"), judges, held_out, config, 0)
     parts = ("alignment", "compressibility")
     for name in parts:
