@@ -7,13 +7,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from alignprop_pipe import lora, states, stock
-from alignprop_pipe.choices import FullBackprop, KeepSteps, LastK, RandomLastK, RecomputeNone, Truncation
+from alignprop_pipe.choices import KeepSteps, LastK, RecomputeNone
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.memory import recomputed
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.rollout import autograd_on, rollout
 from alignprop_pipe.seeds import generator_for
-from alignprop_pipe.truncation import mean_graded_steps
+from alignprop_pipe.truncation import mean_graded_steps, most_graded_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +103,6 @@ def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Pro
         memory_mb=(weights + 16 * trainable + decoder + at_once * activations) / 2**20,
         seconds_per_step=seconds * config.gradient_accumulation_steps,
     )
-
-
-def most_graded_steps(rule: Truncation, num_steps: int) -> int:
-    """The largest K that a trajectory can draw."""
-    match rule:
-        case FullBackprop():
-            return num_steps
-        case LastK(k):
-            return min(k, num_steps)
-        case RandomLastK(_, high):
-            return num_steps if high is None else min(high, num_steps)
 
 
 def held_at_once(config: AlignConfig, graded: int) -> int:

@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from alignprop_pipe import drawings, stock
+from alignprop_pipe import drawings, room, stock
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.seeds import generator_for
 
@@ -51,9 +51,11 @@ def sample_pictures(
 ) -> Iterator[Picture]:
     """Render `num` pictures of every prompt, `batch_size` at once.
 
-    `call_kwargs` are further arguments of this pipeline. Raises PipelineError.
+    `call_kwargs` are further arguments of this pipeline. Raises PipelineError, and ConfigError for more than the memory
+    can hold.
     """
     wanted = [(prompt, number) for prompt in prompts for number in range(num)]
+    room.check_drawing(pipe, sampling, call_kwargs, min(batch_size, len(wanted)))
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
         generators = [noise_generator(seed, prompt, number) for prompt, number in batch]

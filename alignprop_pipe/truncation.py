@@ -31,3 +31,14 @@ def mean_graded_steps(rule: Truncation, num_steps: int) -> float:
         case RandomLastK(low, high):
             top = num_steps if high is None else min(high, num_steps)
             return (min(low, top) + top) / 2
+
+
+def most_graded_steps(rule: Truncation, num_steps: int) -> int:
+    """The largest K that a trajectory can draw."""
+    match rule:
+        case FullBackprop():
+            return num_steps
+        case LastK(k):
+            return min(k, num_steps)
+        case RandomLastK(_, high):
+            return num_steps if high is None else min(high, num_steps)

@@ -131,7 +131,9 @@ def _train(plan: Plan, output: console.Output) -> None:
 def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "Reward") -> None:
     """What would run, and what it costs."""
     from alignprop_pipe.forecast import forecast
+    from alignprop_pipe.room import check_training
 
+    check_training(pipe, config, {}, config.evaluation.eval_prompts)
     with console.waiting(output, "measuring one step"):
         cost = forecast(pipe, config)
     seconds = cost.seconds_per_step * config.steps
