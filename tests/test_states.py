@@ -113,7 +113,7 @@ UNET: dict[str, State] = {
     "vae slicing": lambda pipe: pipe.vae.enable_slicing(),
     "vae tiling": tiling,
     "gradient checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
-    "training mode": lambda pipe: (pipe.unet.train(), pipe.vae.train()),
+    "training mode": lambda pipe: pipe.unet.train(),
     "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
     "attention backend": lambda pipe: pipe.unet.set_attention_backend("_native_math"),
     "fused vae": lambda pipe: pipe.fuse_qkv_projections(unet=False),
