@@ -4,6 +4,9 @@ The class is made on the fly as a subclass of the stock class, so everything tha
 pipeline takes this one, and pictures, files and arguments stay the stock ones.
 """
 
+import copyreg
+import difflib
+import inspect
 import logging
 import math
 import os
@@ -81,18 +84,34 @@ class AlignPropPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "AlignPropPipeline":
         """The same pipeline as an AlignPropPipeline; the networks are shared, not copied.
 
-        `kwargs` replace components, as in `DiffusionPipeline.from_pipe`.
+        So after `align` the first pipeline draws with the adapter too, as every pipeline does that shares them.
+
+        Args:
+            pipeline: any pipeline of diffusers.
+            kwargs: as in `DiffusionPipeline.from_pipe`: other components and options of the class, and `dtype`
+                (`torch_dtype`) to cast the networks, which `pipeline` shares, to. By default they keep theirs.
+
+        Raises:
+            PipelineError: no pipeline, or a name that its class does not know.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise PipelineError(
                 f"from_pipe needs a diffusers pipeline, not {type(pipeline).__name__}; for a model id or a folder "
                 "use AlignPropPipeline.from_pretrained(...)"
             )
-        pipe = object.__new__(aligned_class(stock_class(type(pipeline))))
-        pipe.__dict__.update(vars(pipeline))
+        dtypes = [kwargs.pop(name, None) for name in ("torch_dtype", "dtype")]
+        kind = stock_class(type(pipeline))
         if kwargs:
-            pipe.register_modules(**kwargs)
-        return cast(AlignPropPipeline, pipe)
+            pipe = _made_anew(kind, pipeline, kwargs)
+        else:
+            pipe = _bare(kind)
+            pipe.__dict__.update(vars(pipeline))
+        dtype = dtypes[1] or dtypes[0]
+        return cast(AlignPropPipeline, pipe if dtype is None else pipe.to(dtype=dtype))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For `pickle` and `copy`: the class is made on the fly, so what is written is the stock one."""
+        return _bare, (stock_class(type(self)),), *cast(tuple, super().__reduce_ex__(protocol))[2:]
 
     @classmethod
     def from_single_file(
@@ -259,6 +278,13 @@ def stock_class(kind: type) -> type:
     return next(base for base in kind.__mro__ if not issubclass(base, AlignPropPipeline))
 
 
+class _Made(type):
+    """The type of classes that no module holds: a pickle names the stock class instead."""
+
+
+copyreg.pickle(_Made, lambda kind: (aligned_class, (stock_class(kind),)))  # type: ignore[arg-type]
+
+
 @cache
 def aligned_class(kind: type) -> type:
     """The subclass of AlignPropPipeline and `kind`.
@@ -267,7 +293,7 @@ def aligned_class(kind: type) -> type:
     tasks, so what is saved opens without this package; `__qualname__` tells the two apart.
     """
     body = {"__qualname__": f"AlignProp{kind.__name__}", "__module__": __name__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (AlignPropPipeline, kind), body)
+    return _Made(kind.__name__, (AlignPropPipeline, kind), body)
 
 
 def model_source(given: str | os.PathLike) -> tuple[str, dict[str, Any]]:
@@ -278,6 +304,25 @@ def model_source(given: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     if resolve_model(name) == name and not exists(name):
         raise PipelineError(f"there is no file or folder {name!r} here{hub_hint(name)}; {MODEL_NEEDED}")
     return name, {}
+
+
+def _bare(kind: type) -> AlignPropPipeline:
+    """An object of the aligned class with nothing in it."""
+    return object.__new__(aligned_class(kind))
+
+
+def _made_anew(kind: type, pipeline: DiffusionPipeline, changed: Mapping[str, Any]) -> AlignPropPipeline:
+    """Through `__init__`, which works out what depends on the parts; what else was set on `pipeline` stays."""
+    takes = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    for name in changed:
+        if name not in takes:
+            near = difflib.get_close_matches(name, takes, 1) or takes
+            raise PipelineError(f"{kind.__name__} takes no {name!r}; did you mean {' or '.join(map(repr, near))}?")
+    known = {**pipeline.config, **pipeline.components}
+    pipe = aligned_class(kind)(**{**{name: known[name] for name in takes if name in known}, **changed})
+    vars(pipe).update({name: value for name, value in vars(pipeline).items() if name not in vars(pipe)})
+    pipe.register_to_config(**{name: value for name, value in pipeline.config.items() if name not in pipe.config})
+    return pipe
 
 
 # --- the steps of align ---

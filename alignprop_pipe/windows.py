@@ -5,6 +5,7 @@ call for true classifier-free guidance or a second denoiser makes no difference.
 is 0 for the length of the call, which leaves the base model bit for bit.
 """
 
+import copy
 import inspect
 import math
 import weakref
@@ -82,6 +83,20 @@ class _Clock:
         self._origin: int | None = None
         self._active = range(0)
         self._off: list[tuple[LoraLayer, float]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pipe": self._pipe()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pipe = state["_pipe"]
+        vars(self).update(state, _pipe=(lambda: None) if pipe is None else weakref.ref(pipe))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Clock":
+        memo[id(self)] = made = object.__new__(type(self))
+        state = self.__getstate__()
+        pipe = state.pop("_pipe")  # a copy of the denoiser alone takes no copy of the pipeline along
+        made.__setstate__({**copy.deepcopy(state, memo), "_pipe": memo.get(id(pipe), pipe)})
+        return made
 
     @_uncompiled
     def before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

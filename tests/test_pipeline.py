@@ -1,7 +1,12 @@
 """AlignPropPipeline over stock classes: the same pictures and files, shared weights, and what cannot be done."""
 
+import copy
 import json
 import logging
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from aligning import PROMPTS, adapter, align, aligned, is_stock, pictures, same, state
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     AutoPipelineForImage2Image,
     DDPMPipeline,
@@ -90,6 +96,13 @@ def tiny_decoder() -> AutoencoderTiny:
     ).eval()
 
 
+def decoder_of_four_levels() -> AutoencoderKL:
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(
+        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=4, **levels
+    )
+
+
 def test_from_pipe_keeps_a_part_of_another_type_than_the_type_hint() -> None:
     pipe = miniatures.sd15()
     pipe.vae = tiny_decoder()
@@ -119,6 +132,115 @@ def test_stock_tools_take_it() -> None:
 def test_from_pipe_wants_a_pipeline(unchecked: None) -> None:
     with pytest.raises(PipelineError, match=r"not str; for a model id.*from_pretrained"):
         AlignPropPipeline.from_pipe("emoji")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_from_pipe_casts_as_the_stock_one(name: str, tmp_path: Path) -> None:
+    pipe = miniatures.sd15()
+    made = AlignPropPipeline.from_pipe(pipe, **{name: torch.bfloat16})
+    assert {parameter.dtype for parameter in made.unet.parameters()} == {torch.bfloat16}
+    assert name not in made.config
+    made.save_pretrained(tmp_path)
+    opened = AlignPropPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(pictures(opened), pictures(made))
+    assert next(AlignPropPipeline.from_pipe(made).unet.parameters()).dtype == torch.bfloat16  # none was asked for
+
+
+def test_from_pipe_works_out_what_depends_on_the_parts() -> None:
+    pipe = miniatures.sd15()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.register_to_config(_name_or_path="me/model")
+    made = AlignPropPipeline.from_pipe(pipe, vae=decoder_of_four_levels())
+    fresh = StableDiffusionPipeline(**{**pipe.components, "vae": made.vae}, requires_safety_checker=False)
+    assert made.vae_scale_factor == fresh.vae_scale_factor == 4 * pipe.vae_scale_factor
+    assert made.image_processor.config.vae_scale_factor == made.vae_scale_factor
+    assert made.name_or_path == "me/model"
+    assert made._progress_bar_config == {"disable": True}
+    assert type(made) is aligned_class(StableDiffusionPipeline)
+    option = AlignPropPipeline.from_pipe(miniatures.sdxl(), force_zeros_for_empty_prompt=False)
+    assert option.config.force_zeros_for_empty_prompt is False
+    combined = miniatures.prior_and_decoder()
+    scheduler = copy.deepcopy(combined.scheduler)
+    changed = AlignPropPipeline.from_pipe(combined, scheduler=scheduler)
+    assert changed.decoder_pipe.scheduler is scheduler  # the pipelines inside take it over
+    assert combined.decoder_pipe.scheduler is combined.scheduler
+
+
+def test_from_pipe_knows_its_names() -> None:
+    pipe = miniatures.sd15()
+    with pytest.raises(PipelineError, match=r"StableDiffusionPipeline takes no 'schedulr'; did you mean 'scheduler'\?"):
+        AlignPropPipeline.from_pipe(pipe, schedulr=pipe.scheduler)
+    with pytest.raises(PipelineError, match=r"takes no 'transformer'; did you mean .*'unet'"):
+        AlignPropPipeline.from_pipe(pipe, transformer=pipe.unet)
+    assert "schedulr" not in pipe.config
+
+
+def test_pipelines_that_share_networks_draw_with_the_adapter_too() -> None:
+    pipe = miniatures.sd15()
+    made, drawn = aligned(pipe), pictures(pipe)
+    align(made)
+    assert not torch.equal(pictures(pipe), drawn)
+    assert torch.equal(pictures(pipe), pictures(made))
+    image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(made)
+    assert type(image_to_image) is StableDiffusionImg2ImgPipeline
+    assert image_to_image.unet is made.unet
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+FRESH = """
+import pickle, sys, torch
+from diffusers import StableDiffusionPipeline
+from torch import multiprocessing
+pipe = pickle.load(open(sys.argv[1], "rb"))
+assert isinstance(pipe, StableDiffusionPipeline), type(pipe)
+noise = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+pictures = pipe(prompt=sys.argv[3:], num_inference_steps=2, guidance_scale=2.0, output_type="pt", generator=noise)[0]
+torch.save(pictures, sys.argv[2])
+pipe.align("brightness", ["a dog"], steps=1, batch_size=1, num_inference_steps=1, eval_prompts=0, height=16, width=16)
+"""
+
+
+@pytest.mark.parametrize("window", [None, (0.0, 0.5)])
+def test_a_pickle_is_read_in_another_process(window: Any, tmp_path: Path) -> None:
+    pipe = aligned()
+    pipe.load_adapter(align(aligned()).adapter, window=window)
+    (tmp_path / "pickle").write_bytes(pickle.dumps(pipe))
+    command = [sys.executable, "-W", "ignore", "-c", FRESH, tmp_path / "pickle", tmp_path / "pictures", *PROMPTS[:2]]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torch.testing.assert_close(torch.load(tmp_path / "pictures"), pictures(pipe), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, (0.0, 0.5)])
+def test_copies_and_pickles_of_every_protocol_are_pipelines_of_their_own(window: Any) -> None:
+    pipe = aligned()
+    pipe.load_adapter(align(aligned()).adapter, window=window)
+    drawn = pictures(pipe)
+    copies = [pickle.loads(pickle.dumps(pipe, protocol)) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    for other in (*copies, copy.deepcopy(pipe)):
+        assert type(other) is type(pipe)
+        assert torch.equal(pictures(other), drawn)
+        other.scheduler = DDPMScheduler.from_config(other.scheduler.config)  # the window asks its own pipeline's
+        pictures(other)
+        align(other)
+        assert not torch.equal(pictures(other), drawn)
+    assert torch.equal(pictures(pipe), drawn)
+    shallow = copy.copy(pipe)
+    assert type(shallow) is type(pipe)
+    assert shallow.unet is pipe.unet
+    assert pickle.loads(pickle.dumps(type(pipe))) is type(pipe)
+
+
+class Mine(StableDiffusionPipeline):
+    """A class that diffusers does not know."""
+
+
+def test_a_pipeline_class_of_ones_own_can_be_pickled() -> None:
+    pipe = aligned(miniatures.sd15(kind=Mine))
+    other = pickle.loads(pickle.dumps(pipe))
+    assert isinstance(other, Mine)
+    assert isinstance(other, AlignPropPipeline)
+    assert torch.equal(pictures(other), pictures(pipe))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
