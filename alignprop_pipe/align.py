@@ -21,10 +21,10 @@ from torch.utils.checkpoint import CheckpointError
 from alignprop_pipe import lora, states, stock
 from alignprop_pipe.choices import Hinge
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, TrainingDiverged
-from alignprop_pipe.evidence import Rendered, assess, render
+from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardValueError, TrainingDiverged
+from alignprop_pipe.evidence import Rendered, assess, followed_judge, followed_words, render
 from alignprop_pipe.loss import loss_of
-from alignprop_pipe.prompts import PromptSet
+from alignprop_pipe.prompts import PromptSet, Split
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Rollout, Scores, StepRecord, Videos
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.combine import calibrate
@@ -35,23 +35,35 @@ from alignprop_pipe.seeds import generator_for
 
 FEWEST_FOR_STATISTICS, USUAL_FOR_STATISTICS = 4, 16
 """Held-out pictures that are enough to measure a reward's spread on; how many are drawn where there are fewer."""
+LARGEST_WEIGHT = float(torch.finfo(torch.float16).max)
+"""No weight of a LoRA that works comes near to what float16 can hold."""
 FEWEST_FOR_IDLE = 8
 """Pictures that must be past every brake before a run is refused: with fewer, it may be chance."""
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The adapter's weights after a step."""
+
+    step: int
+    weights: list[Tensor]
+
+
 @dataclass(slots=True)
 class Training:
-    """What changes while the loop runs: the optimizer, and the best adapter so far.
+    """What changes while the loop runs: the optimizer, and the adapters that may have to come back.
 
     `reward`, `judges` and the judges in `config` are calibrated: their texts hold the statistics that were measured.
-    `base_pictures` are the held-out pictures of the base model until the first look has scored them.
+    `base_pictures` are the pictures of the base model for the evidence until the first look has scored them.
+    `best` is the adapter of the best look, by what `followed` says, `good` the newest one that gave a finite loss or
+    look. `steps` were taken; `interrupted` says that one was broken off, `failure` why no more are taken, and is empty
+    while all is well. `kept_step` is the step whose adapter is on the pipeline when the loop has ended.
     """
 
     pipe: DiffusionPipeline
     reward: Reward
     judges: Sequence[Reward]
-    train: PromptSet
-    held_out: PromptSet
+    prompts: Split
     config: AlignConfig
     call_kwargs: Mapping[str, Any]
     denoisers: Mapping[str, nn.Module]
@@ -59,12 +71,18 @@ class Training:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    best: list[Tensor] | None = None
-    best_score: float = -math.inf
+    good: Snapshot
+    best: Snapshot | None = None
+    best_merit: tuple[float, ...] = ()
     base_pictures: list[Rendered] = field(default_factory=list)
-    base_scores: tuple[float, ...] = ()
+    base_look: Evidence | None = None
     looks_without_gain: int = 0
-    skipped_in_a_row: int = field(default=0)
+    skipped_in_a_row: int = 0
+    steps: int = 0
+    kept_step: int = 0
+    followed: str = ""
+    interrupted: bool = False
+    failure: str = ""
 
 
 def align_steps(
@@ -78,11 +96,12 @@ def align_steps(
     """Train a new adapter on `pipe`, one optimizer step per record; leaving the loop early keeps what was learned.
 
     Record 0 carries the evidence before training, where the configuration asks for evidence; the last record carries
-    the evidence after it. With `keep_best` the adapter with the best held-out reward is on the pipeline at the end.
-    `call_kwargs` are arguments of this pipeline alone (`image`, `num_frames`, ...). When `stop()` turns true, the
-    step at hand is the last one.
+    the evidence after it. With `keep_best` the adapter of the best look is on the pipeline at the end: the best by the
+    loss, or by a judge. `call_kwargs` are arguments of this pipeline alone (`image`, `num_frames`, ...). When `stop()`
+    turns true, the step at hand is the last one; where it turns true between two steps, the last record comes once
+    more, with the evidence. KeyboardInterrupt within a step does the same without that step, a second one ends at once.
 
-    Raises PipelineError, PromptError, RewardError at once, TrainingDiverged while iterating.
+    Raises PipelineError, PromptError, RewardError, ConfigError at once, and TrainingDiverged while iterating.
     """
     with autograd_on():
         state = start(pipe, reward, prompts, config, call_kwargs or {})
@@ -91,22 +110,74 @@ def align_steps(
 
 def steps_of(state: Training, stop: Callable[[], bool] = lambda: False) -> Generator[StepRecord, None, None]:
     """The records of a training that `start` has made; see `align_steps`."""
-    config = state.config
     try:
-        if config.evaluation.eval_prompts:
-            with autograd_on():
-                record = first_look(state)
-            yield record
-        for step in range(1, config.steps + 1):
-            with autograd_on():
-                record = optimizer_step(state, step, stop)
-            yield record
-            if stop() or (state.looks_without_gain and state.looks_without_gain == config.evaluation.patience):
-                break
+        yield from _records(state, stop)
+        if not state.failure and state.steps == state.config.steps:
+            state.failure = unlearned(state)
+        if state.failure:
+            settle(state)
+            raise TrainingDiverged(
+                f"{state.failure}. The adapter that is kept is the last good one, of step {state.kept_step}. Try a "
+                "lower --lr, --truncation last:1, --max-grad-norm 1, or bfloat16 instead of float16"
+            )
     finally:
         state.optimizer.zero_grad(set_to_none=True)  # what an interrupted step left
-        if state.best is not None:
-            lora.restore(state.denoisers, state.best)
+        settle(state)
+
+
+def _records(state: Training, stop: Callable[[], bool]) -> Generator[StepRecord, None, None]:
+    record: StepRecord | None = None
+    if state.config.evaluation.eval_prompts:
+        with autograd_on():
+            first = first_look(state)
+        yield first
+    for step in range(1, state.config.steps + 1):
+        if stop():
+            break
+        try:
+            with autograd_on():
+                record = optimizer_step(state, step)
+                if is_look(state, stop()):
+                    record = replace(record, evidence=look(state))
+        except KeyboardInterrupt:
+            state.interrupted = True
+            undo(state)
+            if record is not None and record.step == step:  # the step is done, its look is not
+                yield record
+            if stop():  # so this was the second time
+                raise
+            break
+        yield record
+        if state.failure or 0 < state.config.evaluation.patience <= state.looks_without_gain:
+            return
+    if record is not None and record.evidence is None and state.config.evaluation.eval_prompts:
+        with autograd_on():
+            record = replace(record, evidence=look(state))
+        yield record
+
+
+def unlearned(state: Training) -> str:
+    """Why a run that went to its end has failed nevertheless; empty where it has not."""
+    skipped = state.skipped_in_a_row
+    if skipped == state.steps:
+        return f"none of the {skipped} steps had a finite loss and gradient, so nothing was learned"
+    unseen = skipped > 1 and not state.config.evaluation.eval_prompts
+    return f"the last {skipped} steps had a loss or gradient that was not finite" if unseen else ""
+
+
+def settle(state: Training) -> None:
+    """Put the adapter on the pipeline that is kept: the best one, after a failure the last good one, or the newest."""
+    undo(state)
+    kept = state.best or (state.good if state.failure else None)
+    state.kept_step = state.steps if kept is None else kept.step
+    if kept is not None:
+        lora.restore(state.denoisers, kept.weights)
+
+
+def undo(state: Training) -> None:
+    """Take back what a step that was broken off has done to the adapter."""
+    if state.good.step == state.steps:
+        lora.restore(state.denoisers, state.good.weights)
 
 
 def start(
@@ -119,37 +190,57 @@ def start(
     if reason := lora.obstacle(stock.components(pipe), denoisers):
         raise PipelineError(reason)
     device = stock.device_of(pipe)
-    train, held_out = prompts.split(config.evaluation.eval_prompts, config.seed)
+    split = prompts.split(config.evaluation.eval_prompts, config.seed)
     # A configuration that was read from a file has been searched for code by then.
     judges = [parse_reward(text, allow_code=True).to(device) for text in config.evaluation.judges]
+    followed = followed_judge(config.evaluation.keep_best, judges)
     reward = reward.to(device)
-    sample = train.batch(config.seed, 0, 2)
+    sample = split.train.batch(config.seed, 0, 2)
     check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
     base_pictures: list[Rendered] = []
     if not all(one.is_calibrated for one in (reward, *judges)):
-        drawn_for, base_pictures = draw_base(pipe, train, held_out, config, call_kwargs)
+        drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs)
         reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
         config = config.replace(judges=tuple(str(judge) for judge in judges))
-        base_pictures = base_pictures if drawn_for is held_out else []
-    lora.detach(stock.components(pipe))  # one that was loaded may have layers in a text encoder too
+        base_pictures = base_pictures if drawn_for is split.evidence else []
+    if followed is not None and config.evaluation.keep_best not in (True, False, "judge"):
+        config = config.replace(keep_best=judges[followed].label)  # its text may hold measured numbers now
     lora.attach(denoisers, config.lora, config.seed)
+    # One that was loaded may have layers in a text encoder too.
+    lora.detach({name: part for name, part in stock.components(pipe).items() if name not in denoisers})
     parameters = lora.trainable(denoisers)
     for parameter in parameters:
         parameter.requires_grad_(False)
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=options.warmup_steps,
-        num_training_steps=config.steps + 1,  # so that the last step still moves
-    )
+    optimizer, schedule = optimizer_for(parameters, config)
     needs_scaling = config.mixed_precision == "fp16" or stock.is_half(pipe)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=needs_scaling)
     return Training(
-        pipe, reward, judges, train, held_out, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler,
-        base_pictures=base_pictures,
+        pipe, reward, judges, split, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler,
+        good=Snapshot(0, lora.snapshot(denoisers)), base_pictures=base_pictures,
+        followed=followed_words(config, judges),
     )  # fmt: skip
+
+
+def optimizer_for(
+    parameters: list[nn.Parameter], config: AlignConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, and how its rate goes: step n of a warmup of w steps has n/w of it; the falling ones end above zero."""
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "initial_lr": options.lr}],
+        lr=options.lr,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+    )
+    constant = options.lr_scheduler == "constant"
+    schedule = get_scheduler(
+        "constant_with_warmup" if constant else options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=max(1, options.warmup_steps),
+        num_training_steps=config.steps + 1,
+        last_epoch=0,  # the schedules count from 0, where a warmup and its rate begin; our steps count from 1
+    )
+    return optimizer, schedule
 
 
 def dry_pictures(device: torch.device) -> Tensor:
@@ -158,15 +249,15 @@ def dry_pictures(device: torch.device) -> Tensor:
 
 
 def draw_base(
-    pipe: DiffusionPipeline, train: PromptSet, held_out: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
+    pipe: DiffusionPipeline, split: Split, config: AlignConfig, call_kwargs: Mapping[str, Any]
 ) -> tuple[PromptSet, list[Rendered]]:
-    """Pictures of the base model: those of the held-out prompts, or where these are few, of training prompts.
+    """Pictures of the base model: those of the evidence, or where these are few, of training prompts.
 
     An adapter of an earlier run is switched off meanwhile. The pictures are on the CPU.
     """
-    prompts = held_out
-    if len(held_out) < FEWEST_FOR_STATISTICS:
-        batch = train.batch(config.seed, 0, USUAL_FOR_STATISTICS)
+    prompts = split.evidence
+    if len(prompts) < FEWEST_FOR_STATISTICS:
+        batch = split.train.batch(config.seed, 0, USUAL_FOR_STATISTICS)
         prompts = PromptSet(tuple(batch.prompts), {name: tuple(values) for name, values in batch.targets.items()})
     with ExitStack() as base, stock.guards_off(pipe):
         for network in stock.components(pipe).values():
@@ -186,11 +277,11 @@ def calibrate_all(
 # --- one optimizer step ---
 
 
-def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda: False) -> StepRecord:
+def optimizer_step(state: Training, step: int) -> StepRecord:
     """Roll out, score, and step; a loss or gradient that is not finite leaves the adapter as it was."""
     began = time.perf_counter()
     config = state.config
-    whole = state.train.batch(config.seed, step, config.batch_size * config.gradient_accumulation_steps)
+    whole = state.prompts.train.batch(config.seed, step - 1, config.batch_size * config.gradient_accumulation_steps)
     results = []
     with stock.frozen_for_training(state.pipe, state.parameters):
         for first in range(0, len(whole.prompts), config.batch_size):
@@ -202,7 +293,8 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
         refuse_idle(state, scores, norm)
     loss = sum(losses)
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    apply_gradient(state, skipped)
+    skipped = not apply_gradient(state, skipped)
+    state.steps = step
     names = scores[0].parts
     return StepRecord(
         step=step,
@@ -215,7 +307,6 @@ def optimizer_step(state: Training, step: int, stop: Callable[[], bool] = lambda
         seconds=time.perf_counter() - began,
         memory_mb=memory_mb(stock.device_of(state.pipe)),
         skipped=skipped,
-        evidence=look(state, step) if is_look(config, step, stop()) else None,
         images=pictures[0],
     )
 
@@ -235,7 +326,8 @@ def refuse_idle(state: Training, scores: Sequence[Scores], norm: float) -> None:
 
     So it is where all are past a `clip_above`. One batch may be so by chance, hence the held-out pictures count too.
     """
-    known = [*state.base_scores, *(value for score in scores for value in score.total.tolist())]
+    base = () if state.base_look is None else state.base_look.per_prompt["reward"]
+    known = [*base, *(value for score in scores for value in score.total.tolist())]
     same = max(known) - min(known) <= 1e-6 * max(1.0, abs(known[0]))
     if norm == 0 and same and len(known) >= FEWEST_FOR_IDLE:
         raise RewardError(
@@ -314,37 +406,41 @@ def clipped_norm(state: Training) -> float:
     return torch.nn.utils.clip_grad_norm_(state.parameters, state.config.optimizer.max_grad_norm).item()
 
 
-def apply_gradient(state: Training, skipped: bool) -> None:
-    """Step or skip; raises TrainingDiverged after too many skips in a row."""
+def apply_gradient(state: Training, skipped: bool) -> bool:
+    """Step, or skip; returns whether the adapter was changed. Says in `state.failure` why the run cannot go on."""
     if skipped:
         state.skipped_in_a_row += 1
+        if state.skipped_in_a_row >= state.config.max_skipped:
+            state.failure = f"{state.skipped_in_a_row} steps in a row had a loss or gradient that was not finite"
     else:
         state.skipped_in_a_row = 0
+        state.good = Snapshot(state.steps, lora.snapshot(state.denoisers))
         state.scaler.step(state.optimizer)
+        largest = torch.stack([weight.detach().abs().max() for weight in state.parameters]).max().item()
+        if not largest <= LARGEST_WEIGHT:
+            undo(state)
+            skipped = True
+            state.failure = f"a step was undone that made weights of {largest:.3g}, which no adapter has"
     state.scaler.update()
     state.lr_scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.skipped_in_a_row >= state.config.max_skipped:
-        raise TrainingDiverged(
-            f"{state.skipped_in_a_row} steps in a row had a loss or gradient that was not finite. The adapter is the "
-            "last good one. Try a lower --lr, --truncation last:1, --max-grad-norm 1, or bfloat16 instead of float16"
-        )
+    return not skipped
 
 
 # --- evidence ---
 
 
-def is_look(config: AlignConfig, step: int, stopping: bool) -> bool:
-    """Whether the held-out pictures are rendered after this step: the last one, and every `eval_every`."""
-    every = config.evaluation.eval_every
-    last = stopping or step == config.steps
-    return config.evaluation.eval_prompts > 0 and (last or (every > 0 and step % every == 0))
+def is_look(state: Training, stopping: bool) -> bool:
+    """Whether the evidence is rendered after this step: the last one, and every `eval_every`."""
+    evaluation, step = state.config.evaluation, state.steps
+    last = stopping or step == state.config.steps
+    due = last or (evaluation.eval_every > 0 and step % evaluation.eval_every == 0)
+    return evaluation.eval_prompts > 0 and due and not state.failure
 
 
 def first_look(state: Training) -> StepRecord:
-    """Record 0: the held-out pictures of the base model."""
-    evidence = look(state, 0)
-    state.base_scores = evidence.per_prompt["reward"]
+    """Record 0: pictures of the base model. Raises PipelineError, RewardValueError if these are no finite numbers."""
+    evidence = look(state)
     return StepRecord(
         step=0,
         loss=math.nan,
@@ -359,22 +455,62 @@ def first_look(state: Training) -> StepRecord:
     )
 
 
-def look(state: Training, step: int) -> Evidence:
-    """Render and score the held-out prompts; remember the adapter if it is the best so far."""
+def look(state: Training) -> Evidence:
+    """Render and score the prompts of the evidence; remember the adapter if it is the best so far."""
     device = stock.device_of(state.pipe)
     # What was drawn for the statistics is not drawn again.
     drawn = (replace(part, videos=part.videos.to(device)) for part in state.base_pictures)
     if not state.base_pictures:
-        drawn = render(state.pipe, state.held_out, state.config, **state.call_kwargs)
+        drawn = render(state.pipe, state.prompts.evidence, state.config, **state.call_kwargs)
     with stock.guards_off(state.pipe):  # a guard that is wrong would score as a black picture
-        evidence = assess(state.reward, state.judges, state.held_out, drawn, step)
+        evidence = assess(state.reward, state.judges, state.prompts.evidence, drawn, state.config, state.steps)
+    evidence = replace(evidence, held_out=state.prompts.held_out)
     state.base_pictures = []
-    if step > 0 and math.isfinite(evidence.reward) and evidence.reward > state.best_score:
-        state.best_score, state.looks_without_gain = evidence.reward, 0
-        state.best = lora.snapshot(state.denoisers) if state.config.evaluation.keep_best else None
-    elif step > 0:
-        state.looks_without_gain += 1
+    if state.steps == 0:
+        refuse_broken_base(state, evidence)
+        state.base_look = evidence
+    elif wrong := not_finite(evidence, state.base_look):
+        state.failure = f"after step {state.steps} {wrong} of the evidence are no finite numbers"
+    else:
+        judge_look(state, evidence)
     return evidence
+
+
+def judge_look(state: Training, evidence: Evidence) -> None:
+    """Remember the adapter of a look: the best so far, or one more without a gain."""
+    state.good = Snapshot(state.steps, lora.snapshot(state.denoisers))
+    if evidence.merit > state.best_merit:
+        state.best_merit, state.looks_without_gain = evidence.merit, 0
+        state.best = state.good if state.config.evaluation.keep_best else None
+    else:
+        state.looks_without_gain += 1
+
+
+def not_finite(evidence: Evidence, base: Evidence | None) -> str:
+    """What about a look is no finite number though it was for the base model; empty where all is well."""
+    wrong = [] if evidence.images is None or evidence.images.isfinite().all() else ["pictures"]
+    scores = {"reward": evidence.reward, **evidence.parts, **evidence.judges}
+    before = {} if base is None else {"reward": base.reward, **base.parts, **base.judges}
+    wrong += [
+        name for name, value in scores.items() if not math.isfinite(value) and math.isfinite(before.get(name, 0.0))
+    ]
+    return " and ".join(wrong)
+
+
+def refuse_broken_base(state: Training, evidence: Evidence) -> None:
+    """Raises PipelineError for pictures of the base model with NaN, RewardValueError for scores that are none."""
+    if evidence.images is not None and not evidence.images.isfinite().all():
+        raise PipelineError(
+            f"{type(state.pipe).__name__} draws pictures that are no finite numbers before any training: load it in "
+            "torch.bfloat16 or torch.float32 (--dtype), since a number format that is too small overflows so"
+        )
+    if not all(map(math.isfinite, (evidence.reward, *evidence.merit))):
+        scores = {"reward": evidence.reward, **evidence.judges}
+        listed = ", ".join(f"{name} {value}" for name, value in scores.items() if not math.isfinite(value))
+        raise RewardValueError(
+            f"the evidence before training holds scores that are no finite numbers ({listed or evidence.merit}); every "
+            "picture needs one"
+        )
 
 
 def memory_mb(device: torch.device) -> float:

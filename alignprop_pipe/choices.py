@@ -254,3 +254,14 @@ def window_from_text(text: str) -> Window:
             f"window {text!r} is not known; use two shares of the denoising steps between 0 and 1, such as 0.0-0.6"
         )
     return Window(float(found[1]), float(found[2]))
+
+
+# --- which look at the evidence is the best one ---
+
+
+def followed_from_text(text: str) -> bool | str:
+    """`yes` and `no` as truths; `judge`, `reward` or a judge's name as they are. Raises ConfigError."""
+    word = text.strip()
+    if not word:
+        raise ConfigError(f"keep_best = {text!r}: yes, no, judge, reward or a judge's name is needed")
+    return {"yes": True, "true": True, "no": False, "false": False}.get(word.lower(), word)

@@ -22,6 +22,7 @@ from alignprop_pipe.choices import (
     RecomputeNone,
     Truncation,
     checkpointing_from_text,
+    followed_from_text,
     is_whole,
     loss_from_text,
     truncation_from_text,
@@ -66,9 +67,13 @@ class OptimizerOptions(_Checked):
 
     lr: float = option(1e-3, "learning rate", above=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
-        "constant", "how the learning rate goes over the run: constant (the paper's), or falling to zero"
+        "constant", "how the learning rate goes over the run: constant (the paper's), or falling towards zero"
     )
-    warmup_steps: int = option(0, "steps in which the learning rate rises from zero", low=0)
+    warmup_steps: int = option(
+        0,
+        "first steps in which the learning rate rises evenly, with every schedule; step n of them has n shares",
+        low=0,
+    )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's running averages", low=0, high=0.999999)
     weight_decay: float = option(0.1, "AdamW's weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", above=0)
@@ -88,18 +93,45 @@ class SamplingOptions(_Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions(_Checked):
-    """Held-out prompts with fixed noise, rendered and scored before, during and after the run."""
+    """Held-out prompts with fixed noise, rendered and scored before, during and after the run.
+
+    Where there are fewer than eight different prompts, all are trained on, and these pictures are of the same prompts
+    with other noise.
+    """
 
     eval_every: int = option(
         10, "optimizer steps between looks at the held-out prompts; 0: only before and after", low=0
     )
-    eval_prompts: int = option(16, "number of held-out prompts; 0 switches the evidence off", low=0)
+    eval_prompts: int = option(
+        16, "number of held-out prompts (of few prompts: of pictures); 0 switches the evidence off", low=0
+    )
     eval_batch_size: int = option(8, "pictures made at once for the evidence", low=1)
-    keep_best: bool = option(True, "keep the adapter with the best held-out score, not the last one")
-    patience: int = option(0, "stop after so many looks in a row without a better held-out score; 0: never", low=0)
+    keep_best: bool | str = option(
+        True,
+        "keep the adapter of the best look, not the last one: yes, no, judge (the first), a judge's name, or reward "
+        "(by the loss); yes follows the first judge where there is one, else the loss",
+        parse=followed_from_text,
+    )
+    patience: int = option(
+        0, "stop after so many looks in a row that are no better, by what keep_best follows; 0: never", low=0
+    )
     judges: tuple[str, ...] = option(
         (), "reward expressions that are only watched on the held-out pictures, never trained on"
     )
+
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)
+        if self.patience and not (self.eval_every and self.eval_prompts):
+            without = "eval_every" if not self.eval_every else "eval_prompts"
+            raise ConfigError(
+                f"patience = {self.patience}: with {without} = 0 no look is taken on the way that could be better or "
+                "worse, so the run would never stop early; 1 or more is needed there, such as 10, or patience = 0"
+            )
+        if isinstance(self.keep_best, str) and self.keep_best != "reward" and not self.judges:
+            raise ConfigError(
+                f"keep_best = {self.keep_best!r}: a judge to follow is needed in judges (--judges), and there is none; "
+                "'reward' follows the loss of the trained reward"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +178,12 @@ class AlignConfig(_Checked):
         for part, value in changed.items():
             _check_part(part, value)
         _refuse_unknown(overrides, FIELD_PATHS)
+        inside: dict[str, dict[str, Any]] = {}
         for name, given in overrides.items():
             part, spec = FIELD_PATHS[name]
-            value = value_from(name, spec, given)
-            if part is None:
-                changed[name] = value
-            else:
-                changed[part] = dataclasses.replace(changed.get(part, getattr(self, part)), **{name: value})
+            (changed if part is None else inside.setdefault(part, {}))[name] = value_from(name, spec, given)
+        for part, values in inside.items():  # at once: what does not go alone may go together
+            changed[part] = dataclasses.replace(changed.get(part, getattr(self, part)), **values)
         return dataclasses.replace(self, **changed)
 
     # --- files ---

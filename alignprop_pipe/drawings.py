@@ -100,7 +100,7 @@ def shown_prompts(count: int) -> list[int]:
 def sheet_caption(before: Evidence, after: Evidence) -> str:
     """What the pairs are and how they were taken."""
     count, shown = len(before.prompts), len(shown_prompts(len(before.prompts)))
-    which = f"All {count} held-out prompts" if shown == count else f"{shown} of {count} held-out prompts, evenly spaced"
+    which = f"All {before.what}" if shown == count else f"{shown} of {before.what}, evenly spaced"
     judged = f" and what the judge {after.main_judges[0]} gave it" if after.main_judges else ""
     return (
         f"{which}, not chosen by score. Left: before. Right: after, with the adapter of step {after.step}. "
@@ -229,20 +229,25 @@ def rows_sheet(heads: Sequence[str], rows: Sequence[Row], caption: str) -> Image
 # --- curve -----------------------------------------------------------------------------------------------------------
 
 
-def draw_curve(records: Sequence[StepRecord], looks: Sequence[Evidence], path: str | Path) -> None:
+def draw_curve(
+    records: Sequence[StepRecord], looks: Sequence[Evidence], path: str | Path, kept: Evidence | None = None
+) -> None:
     """Write the run's curve: reward, judges, diversity and distance over the steps. Raises RunError.
 
     Args:
         records: the optimizer steps so far; there may be none yet.
-        looks: the held-out evidence in the order it was taken; a ring marks the last one, the adapter that is kept.
+        looks: the evidence in the order it was taken.
         path: a PNG file.
+        kept: the look at the adapter that is kept, which gets a ring.
     """
-    write_whole(path, curve_png(records, looks, LIGHT))
+    write_whole(path, curve_png(records, looks, LIGHT, kept))
 
 
-def curve_png(records: Sequence[StepRecord], looks: Sequence[Evidence], theme: Theme) -> bytes:
+def curve_png(
+    records: Sequence[StepRecord], looks: Sequence[Evidence], theme: Theme, kept: Evidence | None = None
+) -> bytes:
     """The curve as a PNG file in the colours of `theme`."""
-    panels = _panels(records, looks, theme)
+    panels = _panels(records, looks, theme, kept)
     heights = [height for _, height, _ in panels]
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
         size = (10, sum(heights) + 0.35 * len(heights) + 0.3)
@@ -269,27 +274,30 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def _panels(
-    records: Sequence[StepRecord], looks: Sequence[Evidence], theme: Theme
+    records: Sequence[StepRecord], looks: Sequence[Evidence], theme: Theme, kept: Evidence | None
 ) -> list[tuple[str, float, Callable[[Axes], None]]]:
     """Title, height in inches, and what draws the panel."""
     panels: list[tuple[str, float, Callable[[Axes], None]]] = []
-    panels.append(("Reward", 3.0, lambda axes: _reward_panel(axes, records, looks, theme)))
+    of = "held-out" if all(look.held_out for look in looks) else "training"
+    ring = -1 if kept is None else kept.step
+    panels.append(("Reward", 3.0, lambda axes: _reward_panel(axes, records, looks, theme, ring)))
     judges = dict.fromkeys(name for look in looks for name in look.judges)
     lines = {name: [look.judges.get(name, math.nan) for look in looks] for name in judges}
     if lines:
-        title = "Judges on held-out prompts (never trained on)"
-        panels.append((title, 2.0, lambda axes: _look_panel(axes, looks, lines, theme)))
+        title = f"Judges on {of} prompts (never trained on)"
+        panels.append((title, 2.0, lambda axes: _look_panel(axes, looks, lines, theme, ring)))
     spread = {"diversity": [look.diversity for look in looks]}
-    if looks:
-        panels.append(
-            ("Diversity of held-out pictures", 1.3, lambda axes: _look_panel(axes, looks, spread, theme, True))
-        )
+    if any(math.isfinite(look.diversity) for look in looks):
+        title = f"Diversity of pictures of {of} prompts"
+        panels.append((title, 1.3, lambda axes: _look_panel(axes, looks, spread, theme, ring, from_zero=True)))
     if any(record.distance is not None for record in records):
         panels.append(("Distance to the base model", 1.3, lambda axes: _distance_panel(axes, records, theme)))
     return panels
 
 
-def _reward_panel(axes: Axes, records: Sequence[StepRecord], looks: Sequence[Evidence], theme: Theme) -> None:
+def _reward_panel(
+    axes: Axes, records: Sequence[StepRecord], looks: Sequence[Evidence], theme: Theme, ring: int
+) -> None:
     steps = [record.step for record in records]
     rewards = [_finite(record.reward) for record in records]
     window = max(1, len(records) // 8) | 1  # odd: the mean then stands over its middle
@@ -299,22 +307,29 @@ def _reward_panel(axes: Axes, records: Sequence[StepRecord], looks: Sequence[Evi
     if window > 1:
         axes.plot(steps, smoothed(rewards, window), color=theme.batch, lw=2.2, label=f"mean of {window} steps")
     if looks:
-        _look_line(axes, looks, [look.reward for look in looks], theme.held_out[0], "held-out prompts")
+        name = "held-out prompts" if looks[0].held_out else "training prompts, fresh noise"
+        _look_line(axes, looks, [look.reward for look in looks], theme.held_out[0], name, ring)
     skipped = [record.step for record in records if record.skipped]
     if skipped:
         low, floor = axes.get_xaxis_transform(), [0.03] * len(skipped)
         axes.plot(skipped, floor, "x", color=theme.ink, ms=6, transform=low, label="skipped (not finite)")
-    if len(looks) > 1:
+    if any(look.step == ring for look in looks):
         axes.plot([], [], "o", ms=10, mfc="none", mec=theme.soft, mew=1.5, label="adapter that is kept")
     if records or looks:
         axes.legend(**_legend(theme))
 
 
 def _look_panel(
-    axes: Axes, looks: Sequence[Evidence], lines: Mapping[str, Sequence[float]], theme: Theme, from_zero: bool = False
+    axes: Axes,
+    looks: Sequence[Evidence],
+    lines: Mapping[str, Sequence[float]],
+    theme: Theme,
+    ring: int,
+    *,
+    from_zero: bool = False,
 ) -> None:
     for number, (name, values) in enumerate(lines.items()):
-        _look_line(axes, looks, values, theme.held_out[number % len(theme.held_out)], name)
+        _look_line(axes, looks, values, theme.held_out[number % len(theme.held_out)], name, ring)
     if from_zero:
         top = max((v for values in lines.values() for v in values if math.isfinite(v)), default=0)
         axes.set_ylim(0, 1.25 * top or 1)
@@ -322,7 +337,9 @@ def _look_panel(
         axes.legend(**_legend(theme))
 
 
-def _look_line(axes: Axes, looks: Sequence[Evidence], values: Sequence[float], color: str, name: str) -> None:
+def _look_line(
+    axes: Axes, looks: Sequence[Evidence], values: Sequence[float], color: str, name: str, ring: int
+) -> None:
     order = sorted(range(len(looks)), key=lambda i: looks[i].step)
     steps, heights = [looks[i].step for i in order], [_finite(values[i]) for i in order]
     # Names come from anybody: matplotlib reads $ as mathematics, leaves out what begins with an underscore, and makes
@@ -331,8 +348,8 @@ def _look_line(axes: Axes, looks: Sequence[Evidence], values: Sequence[float], c
     label = (label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…").replace("$", r"\$")
     label = f" {label}" if label.startswith("_") else label
     axes.plot(steps, heights, color=color, lw=1.2, ls="--", marker="o", ms=5, label=label, zorder=3)
-    if len(looks) > 1:
-        axes.plot(looks[-1].step, _finite(values[-1]), "o", ms=10, mfc="none", mec=color, mew=1.5, zorder=4)
+    for height in [_finite(values[i]) for i in order if looks[i].step == ring][-1:]:
+        axes.plot(ring, height, "o", ms=10, mfc="none", mec=color, mew=1.5, zorder=4)
 
 
 def _distance_panel(axes: Axes, records: Sequence[StepRecord], theme: Theme) -> None:

@@ -1,8 +1,15 @@
 """Every error that a user can meet: what came, what was needed, and the way out."""
 
+import typing
+
 
 class AlignError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package.
+
+    `result` is the AlignResult, with the adapter in it, of a run that had learned something when it failed; else None.
+    """
+
+    result: typing.Any = None
 
 
 class ConfigError(AlignError, ValueError):
@@ -42,7 +49,7 @@ class HubError(AdapterError):
 
 
 class TrainingDiverged(AlignError):
-    """Several steps in a row had a loss or gradient that was not finite."""
+    """Losses, gradients, weights or evidence were no finite numbers any more."""
 
 
 class RunError(AlignError):

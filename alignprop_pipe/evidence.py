@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from alignprop_pipe import stock
+from alignprop_pipe.choices import Maximize
 from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.errors import PipelineError, PromptError
+from alignprop_pipe.errors import ConfigError, PipelineError, PromptError
+from alignprop_pipe.loss import merit_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
 from alignprop_pipe.rewards.base import Reward, merge_parts
@@ -43,7 +45,7 @@ def evaluate(
     Videos are scored frame by frame and averaged; their middle frame is kept. `call_kwargs` are further arguments
     of this pipeline (`num_frames`, `strength`, ...). Raises PromptError for an empty set, and PipelineError.
     """
-    return assess(reward, judges, prompts, render(pipe, prompts, config, **call_kwargs), step)
+    return assess(reward, judges, prompts, render(pipe, prompts, config, **call_kwargs), config, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,14 @@ def render(pipe: DiffusionPipeline, prompts: PromptSet, config: AlignConfig, **c
 
 
 def assess(
-    reward: Reward, judges: Sequence[Reward], prompts: PromptSet, rendered: Iterable[Rendered], step: int
+    reward: Reward,
+    judges: Sequence[Reward],
+    prompts: PromptSet,
+    rendered: Iterable[Rendered],
+    config: AlignConfig,
+    step: int,
 ) -> Evidence:
-    """Score what `render` drew for all `prompts`."""
+    """Score what `render` drew for all `prompts`, also by what `config` says that `keep_best` follows."""
     kept: list[Tensor] = []
     scores: list[list[Scores]] = [[] for _ in (reward, *judges)]
     for part in rendered:
@@ -83,17 +90,48 @@ def assess(
         for scorer, column in zip((reward, *judges), scores, strict=True):
             column.append(_score(scorer, part.videos, part.batch))
     rewarded, *judged = [_joined(column) for column in scores]
-    return _evidence(step, prompts, torch.cat(kept), rewarded, list(zip(judges, judged, strict=True)))
+    evidence = _evidence(step, prompts, torch.cat(kept), rewarded, list(zip(judges, judged, strict=True)))
+    judge = followed_judge(config.evaluation.keep_best, judges)
+    by_judge = () if judge is None else (judged[judge].total.mean().item(),)
+    return replace(evidence, merit=(*by_judge, merit_of(config.loss, evidence.per_prompt["reward"])))
+
+
+def followed_judge(keep_best: bool | str, judges: Sequence[Reward]) -> int | None:
+    """The place of the judge that `keep_best` and `patience` follow; None: they follow the loss.
+
+    Where two looks are alike for the judge, the loss decides. Raises ConfigError for a judge that is not there.
+    """
+    if keep_best == "reward" or not judges:
+        return None
+    if isinstance(keep_best, bool) or keep_best == "judge":
+        return 0
+    for names in ([judge.label for judge in judges], list(map(str, judges))):
+        if keep_best in names:
+            return names.index(keep_best)
+    listed = ", ".join(repr(judge.label) for judge in judges)
+    raise ConfigError(
+        f"keep_best = {keep_best!r}: no judge has this name; the judges are {listed}. 'judge' follows the first, "
+        "'reward' the loss"
+    )
+
+
+def followed_words(config: AlignConfig, judges: Sequence[Reward]) -> str:
+    """What `keep_best` and `patience` follow: `the judge emoji_judge`, `the trained reward`, `the loss target:0.2`."""
+    judge = followed_judge(config.evaluation.keep_best, judges)
+    if judge is not None:
+        return f"the judge {judges[judge].label}"
+    rule = "the trained reward" if isinstance(config.loss, Maximize) else f"the loss {config.loss}"
+    return f"{rule} without the distance to the base model" if config.distance_weight else rule
 
 
 def diversity(images: Images) -> float:
-    """Mean distance of all pairs of pictures; 0 for fewer than two.
+    """Mean distance of all pairs of pictures; NaN for fewer than two.
 
     Each picture in [0, 1] is averaged down to 16x16; the distance of two is the root mean square of their pixel
     differences: 0 for equal ones, 1 for black and white, about 0.41 for uniform noise of 16x16. No model is asked.
     The prompts' own differences are in it, so only its change on the same prompts means something.
     """
-    return float(_distances(images).mean())
+    return float(_distances(images).mean()) if len(images) > 1 else math.nan
 
 
 def measures_of(images: Images) -> dict[str, tuple[float, ...]]:

@@ -26,6 +26,7 @@ from alignprop_pipe.errors import AlignError, ConfigError, HubError, RunError
 from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.export_header import PROMPTS_SHOWN, Base, public_id
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
+from alignprop_pipe.loss import best_of
 from alignprop_pipe.privacy import Private
 from alignprop_pipe.prompts import named_sets
 from alignprop_pipe.records import Change, Evidence, StepRecord, part_of
@@ -90,9 +91,10 @@ class Run:
     def after(self) -> Evidence | None:
         """The look at the adapter that was kept, found as the run found it."""
         looks = [one.evidence for one in self.records if one.step > 0 and one.evidence is not None]
-        finite = [look for look in looks if math.isfinite(look.reward)]
-        keep_best = self.about["config"].get("evaluation", {}).get("keep_best", True)
-        return max(finite, key=lambda look: look.reward) if keep_best and finite else looks[-1] if looks else None
+        kept = self.about.get("result", {}).get("kept_step")
+        if kept is not None:
+            return next((look for look in looks if look.step == kept), None)
+        return best_of(looks, self.about["config"].get("evaluation", {}).get("keep_best", True))
 
     @property
     def steps(self) -> int:

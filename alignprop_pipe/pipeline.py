@@ -10,8 +10,10 @@ import inspect
 import logging
 import math
 import os
+import secrets
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,10 +35,10 @@ from alignprop_pipe.align import Training, start, steps_of
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
-from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError
+from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError, RunError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
-from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
+from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
@@ -152,13 +154,18 @@ class AlignPropPipeline(DiffusionPipeline):
             prompts: a list, a .txt, .csv or .jsonl file, the name of a set that ships inside, or a PromptSet.
             config: all settings; default: the model's own preset where it has one.
             out: folder for adapter, curve, pictures and report; None writes nothing.
-            on_step: called with every record; step 0 holds the evidence before training.
+            on_step: called with every record; step 0 holds the evidence before training. It ends the run by raising
+                StopIteration (or KeyboardInterrupt): what is learned by then is kept, with its evidence.
             overrides: single settings by name (`steps=60, rank=8, truncation="last:5"`), or arguments of this
                 pipeline's own call (`num_frames=9`, `strength=0.5`).
 
         Raises:
             ConfigError, PromptError, PipelineError, RewardError: before anything is trained.
-            TrainingDiverged: too many steps in a row were not finite; with `out`, the last good adapter is there.
+            TrainingDiverged: losses, gradients, weights or evidence were no finite numbers any more.
+            RunError: `out` cannot be written (any more). The adapter stays on the pipeline.
+
+        An error after the first step has the adapter that was learned, the last good one, as `error.result.adapter`;
+        with `out` it is on disk too, elsewhere where `out` cannot be written, and the message says where.
         """
         reward, prompt_set = read_together(reward, prompts, out)
         config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
@@ -167,21 +174,17 @@ class AlignPropPipeline(DiffusionPipeline):
         with stop_on_interrupt() as stop:
             with autograd_on():
                 state = start(self, reward, prompt_set, config, call_kwargs)
-            session = Session(self, state.reward, prompt_set, state.config)
+            session = Session(self, state, prompt_set)
             steps = steps_of(state, stop.is_set)
             try:
                 if out is not None:
                     session.run = open_run(state, out, reward, prompts, prompt_set)
-                interrupted = drain(steps, session, on_step) or stop.is_set()
+                drain(steps, session, on_step, stop)
                 steps.close()
-                return conclude(session, interrupted)
+                return conclude(session, stop.is_set() or state.interrupted)
             except BaseException as error:
                 steps.close()
-                try:
-                    if session.steps and session.run is not None:
-                        conclude(session, True, f"failed: {error or type(error).__name__}")
-                finally:
-                    lora.detach(stock.denoisers(self))
+                give_up(session, error)
                 raise
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -429,12 +432,11 @@ def device_name(device: torch.device) -> str:
 
 @dataclass(slots=True)
 class Session:
-    """One call of `align`: what it does (the reward is the calibrated one), and what has come of it so far."""
+    """One call of `align`: the training (its reward is the calibrated one), and what has come of it so far."""
 
     pipe: DiffusionPipeline
-    reward: Reward
+    state: Training
     prompts: PromptSet
-    config: AlignConfig
     run: RunFolder | None = None
     history: list[StepRecord] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
@@ -442,6 +444,14 @@ class Session:
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.config.loss)
+
+    @property
+    def reward(self) -> Reward:
+        return self.state.reward
+
+    @property
+    def config(self) -> AlignConfig:
+        return self.state.config
 
     @property
     def steps(self) -> int:
@@ -454,6 +464,8 @@ class Session:
         What its look warns of is told at once, so that a run that goes wrong can be ended.
         """
         record = replace(record, images=None)
+        if self.history and self.steps == record.step:  # the same step, with its evidence now
+            self.history.pop()
         for warning in self.watch.first_at(record):
             logger.warning("step %d: %s", record.step, warning.text, extra={"run_warning": warning.kind})
         self.history.append(record)
@@ -466,36 +478,54 @@ class Session:
             self.run.append(record)
 
 
-def drain(steps: Iterator[StepRecord], session: Session, on_step: Callable[[StepRecord], object] | None) -> bool:
-    """Run the loop to its end; true if it was interrupted."""
+def drain(
+    steps: Iterator[StepRecord],
+    session: Session,
+    on_step: Callable[[StepRecord], object] | None,
+    stop: threading.Event,
+) -> None:
+    """Run the loop to its end, or to the look after the step in which `stop` was set; a second interrupt ends at once.
+
+    KeyboardInterrupt between two steps, and StopIteration from `on_step`, set it too.
+    """
     try:
         for record in steps:
-            session.remember(record)
-            if on_step is not None:
-                on_step(record)
+            try:
+                session.remember(record)
+                if on_step is not None:
+                    on_step(record)
+            except (KeyboardInterrupt, StopIteration):
+                if stop.is_set():
+                    return
+                stop.set()
     except KeyboardInterrupt:
-        return True
-    return False
+        stop.set()
 
 
-def conclude(session: Session, interrupted: bool, status: str = "") -> AlignResult:
-    """Save what there is and say how the run ended; an empty `status` is found out here."""
-    pipe, config, run, done = session.pipe, session.config, session.run, session.steps
+def conclude(session: Session, interrupted: bool) -> AlignResult:
+    """Save what there is and say how the run ended."""
+    done, planned, patience = session.steps, session.config.steps, session.config.evaluation.patience
+    status = ""
+    if done < planned:
+        status = f"interrupted after {done} of {planned} steps"
+        if not interrupted:
+            status = f"no better look by {session.state.followed} for {patience} looks: ended after {done} steps"
+    result = result_of(session, status, interrupted=interrupted and done < planned)
+    if session.run is not None:
+        write_down(session.run, result)
+    return result
+
+
+def result_of(session: Session, status: str, *, interrupted: bool) -> AlignResult:
+    """What came of the run so far. The loop must have ended, so that the adapter on the pipeline is the kept one."""
+    state, run, config = session.state, session.run, session.config
+    looks = looks_in(session.history)
     before = session.history[0].evidence if session.history else None
-    after = kept_evidence(session.history, config)
+    after = next((look for look in looks if look.step == state.kept_step), None)
     changes = changes_between(before, after)
-    if not status and interrupted:
-        status = f"interrupted after {done} of {config.steps} steps"
-    elif not status and done < config.steps:
-        status = f"no better held-out score for {config.evaluation.patience} looks: ended after {done} steps"
     with autograd_on():  # in inference mode the copies would be of no use outside it
-        adapter = Adapter.of(pipe, adapter_metadata(session, changes))
+        adapter = Adapter.of(session.pipe, adapter_metadata(session, changes))
         adapter = adapter if run is None else replace(adapter, run_folder=run.path)
-    if run is not None:
-        adapter.save(run.adapter_path)
-        if after is not None:
-            run.evidence(after, "after")
-        run.finish(changes, status or "completed")
     return AlignResult(
         reward=str(session.reward),
         config=config,
@@ -509,7 +539,75 @@ def conclude(session: Session, interrupted: bool, status: str = "") -> AlignResu
         interrupted=interrupted,
         stopped=status,
         changes=changes,
+        kept_step=state.kept_step,
+        chosen_from=len(looks) if config.evaluation.keep_best and after is not None else 0,
+        followed=state.followed,
+        trained_on=state.prompts.words,
     )
+
+
+def write_down(run: RunFolder, result: AlignResult) -> None:
+    """Fill the run folder, the adapter first. Raises RunError."""
+    try:
+        result.adapter.save(run.adapter_path)
+    except AdapterError as error:
+        raise RunError(str(error)) from error
+    if result.after is not None:
+        run.evidence(result.after, "after")
+    facts = {"kept_step": result.kept_step, "followed": result.followed, "chosen_from": result.chosen_from}
+    facts |= {"trained_on": result.trained_on, "choice": result.choice}
+    run.finish(result.changes, result.stopped or "completed", facts)
+
+
+def give_up(session: Session, error: BaseException) -> None:
+    """After an error: save what was learned, put it on the error, and take the adapter off the pipeline.
+
+    An error of writing leaves the adapter on, and it is written to another place where need be.
+    """
+    is_writing = isinstance(error, RunError) and session.steps > 0
+    try:
+        if not session.steps:
+            return
+        interrupted = isinstance(error, KeyboardInterrupt)
+        how = "interrupted while it was saved" if interrupted else f"failed: {error or type(error).__name__}"
+        result = result_of(session, how, interrupted=interrupted)
+        if session.run is not None:
+            try:
+                write_down(session.run, result)
+            except RunError as second:
+                error = error if isinstance(error, AlignError) else second
+                result = rescued(result)
+        if isinstance(error, AlignError):
+            error.result = result
+            if is_writing:
+                error.args = (f"{error}. {where_it_is(result)}",)
+    finally:
+        if not is_writing:
+            lora.detach(stock.denoisers(session.pipe))
+
+
+def rescued(result: AlignResult) -> AlignResult:
+    """The result with its adapter on disk: where it was meant to be, or in the first other place that takes it."""
+    wanted = result.adapter_path
+    if wanted is None or wanted.is_file():
+        return result
+    for folder in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+        path = folder / f"{wanted.absolute().parent.name}-adapter-{secrets.token_hex(4)}.safetensors"
+        try:
+            result.adapter.save(path, format="diffusers")
+        except (AlignError, OSError):
+            continue
+        logger.error("the adapter could not be written to %s; it is in %s", wanted, path)
+        return replace(result, adapter_path=path)
+    return replace(result, adapter_path=None)
+
+
+def where_it_is(result: AlignResult) -> str:
+    """Where the adapter of a run is that could not be written down."""
+    held = "the pipeline still holds it, and so does the error, as error.result.adapter"
+    if result.adapter_path is None:
+        return f"The adapter of step {result.kept_step} is on no disk; in Python {held}"
+    return f"The adapter of step {result.kept_step} is in {str(result.adapter_path)!r}; in Python {held}"
 
 
 def adapter_metadata(session: Session, changes: Mapping[str, Change]) -> dict[str, str]:
@@ -524,7 +622,7 @@ def adapter_metadata(session: Session, changes: Mapping[str, Change]) -> dict[st
         session.pipe,
         reward=str(session.reward),
         config=session.config.to_json(),
-        step=session.steps,
+        step=session.state.kept_step,
         prompts=session.prompts.prompts,
         scores=scores,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,9 @@ from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.seeds import generator_for
 
 SETS_DIR = Path(__file__).parent / "prompt_sets"
+FEWEST_TO_HOLD_OUT = 8
+"""Different prompts that are enough to hold some out. Half of fewer would be three at most: a mean of three is known
+to 4.3 standard errors only (Student's t, 95 %), and the training would lack a good part of what it is meant for."""
 FORMATS = ".txt (one prompt a line), .jsonl or .csv (with a column 'prompt')"
 
 
@@ -77,22 +80,26 @@ class PromptSet:
             )
         return loaded
 
-    def split(self, held_out: int, seed: int) -> tuple["PromptSet", "PromptSet"]:
+    def split(self, held_out: int, seed: int) -> "Split":
         """Divide into training and held-out prompts, by seed alone.
 
         Held out are at most half of the different prompts, each once; no text is on both sides, also where a
         prompt is listed twice. More `held_out` keeps the first ones in their places, so they keep their noise. With
-        fewer than two different prompts both sides are the whole set; with `held_out=0` the second is empty.
+        `held_out=0` there is no evidence. With fewer than `FEWEST_TO_HOLD_OUT` different prompts none is kept out of
+        the training: the evidence is of the training prompts, each drawn as often as it takes for `held_out` pictures.
         """
         if held_out < 0:
             raise PromptError(f"held_out = {held_out}: 0 or more prompts can be held out")
         places = list({prompt: place for place, prompt in reversed(list(enumerate(self.prompts)))}.values())[::-1]
-        if len(places) < 2 and held_out > 0:
-            return self, self
         order = torch.randperm(len(places), generator=generator_for("split", seed)).tolist()
+        if len(places) < FEWEST_TO_HOLD_OUT:
+            return Split(
+                self, self._only([places[order[i % len(order)]] for i in range(held_out if order else 0)]), False
+            )
         held = [places[i] for i in order[: min(held_out, len(places) // 2)]]
         texts = {self.prompts[i] for i in held}
-        return self._only([i for i in range(len(self)) if self.prompts[i] not in texts]), self._only(held)
+        train = self._only([i for i in range(len(self)) if self.prompts[i] not in texts])
+        return Split(train, self._only(held), True)
 
     def batch(self, seed: int, step: int, size: int) -> PromptBatch:
         """Draw the prompts of one batch; `step` counts batches from 0.
@@ -116,6 +123,29 @@ class PromptSet:
     def _only(self, places: Sequence[int]) -> "PromptSet":
         taken = self.take(places)
         return PromptSet(tuple(taken.prompts), {name: tuple(column) for name, column in taken.targets.items()})
+
+
+class Split(NamedTuple):
+    """Prompts to train on, and prompts for the evidence.
+
+    `held_out` is False where these are the training prompts themselves, since there are too few to keep any out.
+    """
+
+    train: PromptSet
+    evidence: PromptSet
+    held_out: bool
+
+    @property
+    def words(self) -> str:
+        """`training on 29 prompts, 16 held out`, or what else there is to know."""
+        count, looked_at = len(self.train), len(self.evidence)
+        trained = f"training on {count} prompt{'s' * (count != 1)}"
+        if not looked_at:
+            return f"{trained}, no evidence is taken"
+        if self.held_out:
+            return f"{trained}, {looked_at} held out"
+        pictures = f"{looked_at} picture{'s' * (looked_at != 1)}"
+        return f"{trained}, too few to hold any out: the evidence is {pictures} of the same prompts with fresh noise"
 
 
 @cache

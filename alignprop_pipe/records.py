@@ -41,15 +41,19 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Held-out prompts rendered with fixed noise and scored.
+    """Prompts rendered with fixed noise and scored.
 
     `reward`, `parts` and `judges` are means over the prompts; `per_prompt` holds the single values, in the order of
     `prompts`, under the same names ("reward" for the total). A judge stands under its own name, and what it logs
     besides under theirs; a name that is taken gets a number ("clip_2"). `diversity` is the mean distance of all pairs
-    of pictures (see `evidence.diversity`). Of videos, `images` holds the middle frames. `measures` say what the
-    pictures are like, whatever the reward, one value per prompt: `distance` to the other pictures, whose mean is the
-    diversity, `contrast`, and the `clipped` share of their values (see `evidence.measures_of`). `judge_names` are
-    those of the judges themselves.
+    of pictures (see `evidence.diversity`), NaN of a single one. Of videos, `images` holds the middle frames. `measures`
+    say what the pictures are like, whatever the reward, one value per prompt: `distance` to the other pictures, whose
+    mean is the diversity, `contrast`, and the `clipped` share of their values (see `evidence.measures_of`).
+    `judge_names` are those of the judges themselves.
+
+    `held_out` is False where there were too few prompts to keep any out of the training: then these are the training
+    prompts, with noise that the training never draws. `merit` is what `keep_best` and `patience` follow, higher is
+    better, compared number by number; empty where it is not known.
     """
 
     step: int
@@ -62,12 +66,26 @@ class Evidence:
     images: Images | None = None
     measures: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     judge_names: tuple[str, ...] = ()
+    held_out: bool = True
+    merit: tuple[float, ...] = ()
 
     @property
     def main_judges(self) -> list[str]:
         """The judges themselves, without what they log besides, whose fall may be good or bad."""
         known = [name for name in self.judge_names if name in self.judges]
         return known or [name for name in self.judges if not part_of(name, self.judges)]
+
+    @property
+    def what(self) -> str:
+        """`16 held-out prompts`, or `16 pictures of training prompts, fresh noise`."""
+        count = len(self.prompts)
+        if self.held_out:
+            return f"{count} held-out prompt{'s' * (count != 1)}"
+        return f"{count} picture{'s' * (count != 1)} of training prompts, fresh noise"
+
+    def named(self, score: str) -> str:
+        """A score by its full name: `held-out reward`, or `reward on training prompts, fresh noise`."""
+        return f"held-out {score}" if self.held_out else f"{score} on training prompts, fresh noise"
 
 
 def part_of(name: str, judges: Iterable[str]) -> str:
@@ -98,7 +116,7 @@ class StepRecord:
 
 
 class Change(NamedTuple):
-    """A held-out score before and after, and the standard error of the mean of the paired differences."""
+    """A held-out score before and after, and the standard error of the mean of the paired differences (NaN of one)."""
 
     before: float
     after: float

@@ -24,6 +24,7 @@ from alignprop_pipe.choices import loss_from_text
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, write_whole
+from alignprop_pipe.loss import best_of
 from alignprop_pipe.records import Change, Evidence, StepRecord
 from alignprop_pipe.sources import exists
 from alignprop_pipe.summary import warnings_of
@@ -121,6 +122,8 @@ class RunFolder:
         look = record.evidence
         # Without the pictures: a long run would fill the memory with them.
         kept = None if look is None else _without_images(look)
+        if self.records and self.records[-1].step == record.step:  # the same step, with its evidence now
+            self.records.pop()
         self.records.append(dataclasses.replace(record, evidence=kept, images=None))
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
         try:
@@ -162,12 +165,23 @@ class RunFolder:
         return self._after or self._newest
 
     @property
+    def kept(self) -> Evidence | None:
+        """The look at the adapter that is kept; while the run lasts, the best one so far, or the newest."""
+        kept_step = self.about.get("result", {}).get("kept_step")
+        if self._after is not None or kept_step is not None:
+            return self._after
+        return best_of(list(self._during.values()), self.about["config"]["evaluation"]["keep_best"])
+
+    @property
     def looks(self) -> list[Evidence]:
         """Every look in the order it was taken: before, during, after."""
         return [look for look in (self._before, *self._during.values(), self._after) if look is not None]
 
     def finish(
-        self, changes: Mapping[str, tuple[float, float, float, float]] | None = None, status: str = "completed"
+        self,
+        changes: Mapping[str, tuple[float, float, float, float]] | None = None,
+        status: str = "completed",
+        facts: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the curve, the pictures, the report and the result in `config.json`; returns the report's path.
 
@@ -175,11 +189,16 @@ class RunFolder:
             changes: name of a held-out score ("reward", a part, a judge) -> its mean before, after, their difference
                 and the standard error of the paired differences, as `records.Change`.
             status: how the run ended, in a few words, such as "interrupted after 12 of 60 steps".
+            facts: what else the result in `config.json` holds, such as `kept_step`: without a look at the adapter of
+                that step there are no pictures of after.
 
         Raises:
             RunError: a file cannot be written.
         """
         named = {name: Change(*numbers) for name, numbers in (changes or {}).items()}
+        kept_step = (facts or {}).get("kept_step")
+        if self._newest is not None and kept_step not in (None, self._newest.step):
+            self._newest = None  # it is of another adapter
         before, after = self.before, self.after
         loss = loss_from_text(self.about["config"]["loss"])
         warnings = warnings_of(before, after, named, loss=loss, status=status)
@@ -190,6 +209,7 @@ class RunFolder:
             "skipped": sum(record.skipped for record in self.steps),
             "held_out": {name: _plain(change._asdict()) for name, change in named.items()},
             "warnings": [dataclasses.asdict(warning) for warning in warnings],
+            **(facts or {}),
         }
         self._write_config()
         if before is not None and after is not None and before.images is not None and after.images is not None:
@@ -212,7 +232,7 @@ class RunFolder:
             about=self.about,
             records=self.steps,
             curve=(self.path / "curve.png").read_bytes(),
-            curve_dark=drawings.curve_png(self.steps, self.looks, drawings.DARK),
+            curve_dark=drawings.curve_png(self.steps, self.looks, drawings.DARK, self.kept),
             before=before,
             after=after,
             changes=changes,
@@ -223,7 +243,7 @@ class RunFolder:
         )
 
     def _draw_curve(self) -> None:
-        drawings.draw_curve(self.steps, self.looks, self.path / "curve.png")
+        drawings.draw_curve(self.steps, self.looks, self.path / "curve.png", self.kept)
 
     def _write_config(self) -> None:
         write_whole(self.path / CONFIG, json.dumps(self.about, indent=2, allow_nan=False) + "\n")
@@ -261,7 +281,7 @@ def read_metrics(path: str | Path) -> list[StepRecord]:
     """The records in a run folder's `metrics.jsonl` (or in that file itself), pictures left out.
 
     Record 0 holds the look before training. A last line that a kill cut short is left out;
-    numbers that were not finite come back as NaN.
+    numbers that were not finite come back as NaN. Of a step that was written twice, the later record counts.
     Raises RunError where the file is missing or another line is damaged.
     """
     path = Path(path)
@@ -275,9 +295,12 @@ def read_metrics(path: str | Path) -> list[StepRecord]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(_record(json.loads(line)))
+            record = _record(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{str(path)!r}, line {number} is not a step's record: {error}") from error
+        if records and records[-1].step == record.step:  # the same step, with its evidence now
+            records.pop()
+        records.append(record)
     return records
 
 
@@ -389,6 +412,8 @@ def _evidence(data: Mapping[str, Any]) -> Evidence:
         per_prompt={name: tuple(map(_number, values)) for name, values in data["per_prompt"].items()},
         measures={name: tuple(map(_number, values)) for name, values in data.get("measures", {}).items()},
         judge_names=tuple(data.get("judge_names", ())),
+        held_out=bool(data.get("held_out", True)),
+        merit=tuple(map(_number, data.get("merit", ()))),
     )
 
 

@@ -29,7 +29,9 @@ class Align(io.ComfyNode):
             inputs=[
                 host.Pipe.Input("pipe", tooltip="the model to align"),
                 host.RewardSocket.Input("reward", tooltip="what its pictures shall become better at"),
-                host.Prompts.Input("prompts", tooltip="what it draws meanwhile; some are held out"),
+                host.Prompts.Input(
+                    "prompts", tooltip="what it draws meanwhile; some are held out, where there are enough"
+                ),
                 *_settings(),
                 io.String.Input("run_name", default="alignprop/run", optional=True, tooltip=RUN_NAME),
             ],
@@ -37,7 +39,9 @@ class Align(io.ComfyNode):
                 host.AdapterSocket.Output(display_name="adapter", tooltip="the LoRA, for Save, Sample, Mix and Apply"),
                 host.LoraModel.Output(display_name="lora", tooltip="the same for ComfyUI's own LoRA nodes"),
                 host.LossMap.Output(display_name="loss_map", tooltip="for ComfyUI's own loss graph node"),
-                io.Image.Output(display_name="before", tooltip="held-out prompts, drawn by the base model"),
+                io.Image.Output(
+                    display_name="before", tooltip="the evidence: held-out prompts, drawn by the base model"
+                ),
                 io.Image.Output(display_name="after", tooltip="the same prompts and noise, with the adapter"),
                 io.Image.Output(display_name="curve", tooltip="reward and held-out scores over the steps"),
                 io.String.Output(display_name="report", tooltip="what changed, in numbers"),
@@ -59,20 +63,20 @@ class Align(io.ComfyNode):
     ) -> io.NodeOutput:
         with host.working():
             config, reward = config_from(settings), connected(reward)
-            held_out = prompts.split(config.evaluation.eval_prompts, config.seed)[1]
-            run = Run(str(cls.hidden.unique_id), config, len(held_out))
-            with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress.call):
+            run = Run(str(cls.hidden.unique_id), config, prompts)
+            with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress):
                 try:
                     result = pipe.align(reward, prompts, config, out=host.run_folder(run_name), on_step=run.on_step)
                 except KeyboardInterrupt:
-                    host.stop_if_asked()
+                    run.progress.pass_on_stop()
                     raise
                 finally:
                     from alignprop_pipe import lora, stock
 
                     lora.detach(stock.denoisers(pipe))  # the adapter goes its own way; the pipe is the base model's
-            if result.interrupted:
+            if result.interrupted or run.progress.stopped:
                 keep_stopped(result)
+                run.progress.pass_on_stop()
             return outputs(result, run)
 
 
@@ -88,18 +92,20 @@ def _settings() -> list[Any]:
 class Run:
     """What the node shows while it trains."""
 
-    def __init__(self, node_id: str, config: Any, held_out: int) -> None:
+    def __init__(self, node_id: str, config: Any, prompts: Any) -> None:
         from alignprop_pipe.summary import Watch
 
         self.node_id, self.config = node_id, config
         self.watch = Watch(config.loss)
+        self.split = prompts.split(config.evaluation.eval_prompts, config.seed)
+        looked_at = len(self.split.evidence)
         self.points: list[dict[str, Any]] = []
         calls, evaluation = config.sampling.num_inference_steps, config.evaluation
-        looks = 0 if not held_out else 2 + (config.steps - 1) // evaluation.eval_every if evaluation.eval_every else 2
-        batches = looks * math.ceil(held_out / evaluation.eval_batch_size)
+        looks = 0 if not looked_at else 2 + (config.steps - 1) // evaluation.eval_every if evaluation.eval_every else 2
+        batches = looks * math.ceil(looked_at / evaluation.eval_batch_size)
         steps = config.steps * config.gradient_accumulation_steps
         self.progress = host.Progress(node_id, calls * (batches + steps))
-        self.progress.say("drawing the held-out prompts" if held_out else "training")
+        self.progress.say(f"{self.split.words}: drawing the evidence" if looked_at else "training")
 
     def on_step(self, record: Any) -> None:
         """Bar, text, preview and curve of one record."""
@@ -117,8 +123,8 @@ class Run:
 
         held_out = next((p["held_out"] for p in reversed(self.points) if p["held_out"] is not None), None)
         words = [f"step {record.step}/{self.config.steps}"]
-        words += [f"reward {record.reward:.4g}"] if record.step else []
-        words += [f"held-out {held_out:.4g}"] if held_out is not None else []
+        words += [f"reward {record.reward:.4g}"] if record.step and math.isfinite(record.reward) else []
+        words += [f"{'held-out' if self.split.held_out else 'evidence'} {held_out:.4g}"] if held_out is not None else []
         left = self.progress.left()
         line = "  ".join([*words, f"{int(left // 60)} min {int(left % 60):02d} s left"])
         return "\n".join([line, *(f"warning: {one_line(warning.text)}" for warning in self.watch.holding)])
@@ -148,7 +154,12 @@ def keep_stopped(result: Any) -> None:
         path, listed = host.new_lora_path("AlignProp-stopped")
         result.adapter.save(path, format="comfyui")
         host.logger.warning("alignprop: stopped after %d steps; so far: models/loras/%s", result.steps, listed)
-    host.stop_if_asked()
+        host.logger.warning("alignprop: %s; report: %s", words_of(result), host.shown_in(result.run_folder))
+
+
+def words_of(result: Any) -> str:
+    """What came of a run, on one line."""
+    return "; ".join(f"{name}: {text}" for name, text in result.rows() if name != "run folder")
 
 
 def outputs(result: Any, run: Run) -> io.NodeOutput:

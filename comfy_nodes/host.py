@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -117,17 +117,34 @@ def image_of(pictures: torch.Tensor) -> torch.Tensor:
 
 
 class Progress:
-    """Bar, text and preview of a node while it works; counts calls of the denoiser."""
+    """Bar, text and preview of a node while it works; counts calls of the denoiser.
+
+    The stop button becomes a KeyboardInterrupt, which the loop takes as one: its flag is taken down, so that the look
+    at what was learned can follow and a second press ends that too. `pass_on_stop` hands it to ComfyUI at the end.
+    """
 
     def __init__(self, node_id: str, total: int) -> None:
         self.node_id, self.total, self.done = node_id, max(total, 1), 0
         self.bar = comfy.utils.ProgressBar(self.total, node_id=node_id)
         self.began = self.shown = time.monotonic()
+        self.stopped = False
+
+    def stop_here(self) -> None:
+        """KeyboardInterrupt where the user has pressed stop since the last one."""
+        if memory.processing_interrupted():
+            memory.interrupt_current_processing(False)
+            self.stopped = True
+            raise KeyboardInterrupt
+
+    def pass_on_stop(self) -> None:
+        """Raises ComfyUI's own exception where the user pressed stop."""
+        if self.stopped:
+            memory.interrupt_current_processing()
+        memory.throw_exception_if_processing_interrupted()
 
     def call(self) -> None:
-        """One denoiser call more; KeyboardInterrupt where the user pressed stop, which the loop takes as such."""
-        if memory.processing_interrupted():
-            raise KeyboardInterrupt
+        """One denoiser call more; see `stop_here`."""
+        self.stop_here()
         self.done = min(self.done + 1, self.total)
         if time.monotonic() - self.shown > 0.2:
             self._update(None)
@@ -141,8 +158,8 @@ class Progress:
         try:
             self.bar.update_absolute(self.done, self.total, preview)
         except BaseException as error:
-            if type(error).__name__ == "InterruptProcessingException":
-                memory.interrupt_current_processing()  # it took the flag down, which the end of the node needs
+            if type(error).__name__ == "InterruptProcessingException":  # it has taken the flag down
+                self.stopped = True
                 raise KeyboardInterrupt from error
             raise
 
@@ -155,17 +172,16 @@ class Progress:
 
 
 @contextmanager
-def counted_calls(pipe: Any, on_call: Callable[[], None]) -> Iterator[None]:
-    """`on_call` at every denoiser call but those that are made again for the gradient; a stop ends the gradient too."""
+def counted_calls(pipe: Any, progress: Progress) -> Iterator[None]:
+    """Counts every denoiser call but those that are made again for the gradient; a stop ends the gradient too."""
     from alignprop_pipe import stock
 
     def stop(*_: Any) -> None:
-        if memory.processing_interrupted():
-            raise KeyboardInterrupt
+        progress.stop_here()
 
     def before(*_: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # -1: no backward pass is running
-            on_call()
+            progress.call()
         else:
             stop()
 
@@ -179,11 +195,6 @@ def counted_calls(pipe: Any, on_call: Callable[[], None]) -> Iterator[None]:
             stack.callback(denoiser.register_forward_pre_hook(before).remove)
             stack.callback(denoiser.register_forward_hook(after).remove)
         yield
-
-
-def stop_if_asked() -> None:
-    """Raises ComfyUI's own exception where the user pressed stop."""
-    memory.throw_exception_if_processing_interrupted()
 
 
 def send(event: str, data: Mapping[str, Any]) -> None:

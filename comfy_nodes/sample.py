@@ -54,10 +54,10 @@ class Sample(io.ComfyNode):
                 with host.on_device(pipe):
                     if adapter is not None:
                         pipe.load_adapter(adapter, scale=scale)
-                    with host.counted_calls(pipe, progress.call):
+                    with host.counted_calls(pipe, progress):
                         drawn = list(sample_pictures(pipe, chosen, options, seed=seed, batch_size=batch_size))
             except KeyboardInterrupt:
-                host.stop_if_asked()
+                progress.pass_on_stop()
                 raise
             finally:
                 lora.detach(stock.denoisers(pipe))

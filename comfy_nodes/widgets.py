@@ -77,6 +77,8 @@ def _kind_of(name: str) -> tuple[Kind, tuple[str, ...]]:
     if get_origin(kind) is Literal:
         return "COMBO", tuple(map(str, get_args(kind)))
     members = [one for one in get_args(kind) if one is not type(None)] or [kind]
+    if str in members:  # beside a truth, which is said as yes or no
+        return "STRING", ()
     known: dict[Any, Kind] = {bool: "BOOLEAN", int: "INT", float: "FLOAT"}
     return known.get(members[0], "STRING") if get_origin(kind) is not tuple else "STRING", ()
 
@@ -86,6 +88,8 @@ def _shown(value: Any, kind: Kind) -> Any:
         return {"INT": 0, "FLOAT": 0.0}.get(kind, "")
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
+    if isinstance(value, bool) and kind == "STRING":
+        return "yes" if value else "no"
     return str(value) if is_dataclass(value) else value
 
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from alignprop_pipe import lora, stock
 from alignprop_pipe.align import accumulate, align_steps, optimizer_step, start
+from alignprop_pipe.choices import Target
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardShapeError, TrainingDiverged
 from alignprop_pipe.evidence import evaluate, render
+from alignprop_pipe.loss import best_of, merit_of
 from alignprop_pipe.prompts import PromptSet
-from alignprop_pipe.records import Images, Rewards, StepRecord, Targets
+from alignprop_pipe.records import Evidence, Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rewards.simple import Brightness
@@ -110,7 +112,7 @@ def accumulated(batch_size: int, batches: int) -> tuple[list[Tensor], float]:
         generator = torch.Generator().manual_seed(11)
         for weight in training.parameters:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        whole = training.train.batch(config.seed, 1, 4)
+        whole = training.prompts.train.batch(config.seed, 0, 4)
         with stock.frozen_for_training(pipe, training.parameters):
             loss = sum(accumulate(training, 1, first, whole)[0] for first in range(0, 4, batch_size))
     return [weight.grad for weight in training.parameters if weight.grad is not None], loss
@@ -157,15 +159,63 @@ def test_a_target_pulls_down_as_well_as_up() -> None:
         assert sign * result.changes["reward"].difference > 0
 
 
-def test_the_learning_rate_rises_and_falls_and_the_last_step_still_moves() -> None:
-    config = settings(steps=5, lr=0.01, lr_scheduler="linear", warmup_steps=2)
+def rate(schedule: str, warmup: int, steps: int, step: int) -> float:
+    """The share of the learning rate that a step has, written down anew: n/w while it rises, then what is left."""
+    if step < warmup:
+        return step / warmup
+    left = (steps + 1 - step) / (steps + 1 - max(1, warmup))
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 5])
+def test_the_learning_rate_rises_and_falls_and_every_step_moves(schedule: str, warmup: int) -> None:
+    config = settings(steps=5, lr=0.01, lr_scheduler=schedule, warmup_steps=warmup, num_inference_steps=1)
     with autograd_on():
         training = start(aligned(), Brightness(), PromptSet.load(PROMPTS), config, {})
         rates = []
         for step in range(1, 6):
+            before = lora.snapshot(training.denoisers)
             rates.append(training.optimizer.param_groups[0]["lr"])
             optimizer_step(training, step)
-    assert rates == pytest.approx([0, 0.005, 0.01, 0.0075, 0.005])
+            assert not same(before, lora.snapshot(training.denoisers))
+    assert rates == pytest.approx([0.01 * rate(schedule, warmup, 5, step) for step in range(1, 6)])
+    assert rates[max(warmup, 1) - 1] == pytest.approx(0.01)
+    assert min(rates) > 0
+
+
+def test_a_warmup_that_is_longer_than_the_run_only_rises() -> None:
+    config = settings(steps=2, lr=0.01, warmup_steps=10)
+    with autograd_on():
+        training = start(aligned(), Brightness(), PromptSet.load(PROMPTS), config, {})
+        rates = []
+        for step in (1, 2):
+            rates.append(training.optimizer.param_groups[0]["lr"])
+            optimizer_step(training, step)
+    assert rates == pytest.approx([0.001, 0.002])
+
+
+@pytest.mark.parametrize(("size", "batches", "steps"), [(1, 1, 7), (2, 1, 5), (3, 2, 3), (4, 2, 2)])
+def test_no_prompt_comes_twice_before_another_came_once(size: int, batches: int, steps: int) -> None:
+    class Remembers(Brightness):
+        def __init__(self) -> None:
+            self.drawn: list[str] = []
+
+        def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
+            self.drawn += prompts
+            return super().score(images, prompts, targets)
+
+    reward = Remembers()
+    drawn = {"batch_size": size, "gradient_accumulation_steps": batches, "steps": steps, "num_inference_steps": 1}
+    for seed in range(3):
+        reward.drawn.clear()
+        align(aligned(), reward, seed=seed, **drawn)
+        in_training = reward.drawn[2:]  # after the dry call
+        assert len(in_training) == size * batches * steps
+        seen = dict.fromkeys(PROMPTS, 0)
+        for prompt in in_training:
+            seen[prompt] += 1
+            assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_a_hinge_that_every_picture_is_past_is_refused_at_the_first_step() -> None:
@@ -245,20 +295,21 @@ def test_four_in_a_row_are_forgiven() -> None:
 
 
 def test_five_in_a_row_end_the_run_and_the_last_good_adapter_is_saved(tmp_path: Path) -> None:
-    pipe, good = aligned(), []
+    pipe, seen = aligned(), [[]]
     before = state(pipe)
-
-    def watch(record: StepRecord) -> None:
-        if not record.skipped:
-            good[:] = adapter(pipe)
-
-    with pytest.raises(TrainingDiverged, match=r"5 steps in a row.*Try a lower --lr"):
-        align(pipe, NotFinite(range(3, 99)), steps=20, out=tmp_path / "run", on_step=watch)
+    with pytest.raises(
+        TrainingDiverged, match=r"5 steps in a row.*the last good one, of step 1\. Try a lower --lr"
+    ) as told:
+        align(
+            pipe, NotFinite(range(3, 99)), steps=20, out=tmp_path / "run", on_step=lambda _: seen.append(adapter(pipe))
+        )
     assert is_stock(pipe)
     assert state(pipe) == before
-    assert [record.skipped for record in read_metrics(tmp_path / "run")] == [False] * 2 + [True] * 4
+    assert [record.skipped for record in read_metrics(tmp_path / "run")] == [False] * 2 + [True] * 5
     pipe.load_adapter(tmp_path / "run" / "adapter.safetensors")
-    assert same(adapter(pipe), good)
+    assert same(adapter(pipe), seen[1])  # all that step 2 made of it gave NaN
+    assert told.value.result.kept_step == 1
+    assert told.value.result.adapter.keys() == align(pipe).adapter.keys()
 
 
 # --- how a run ends ---------------------------------------------------------------------------------------------------
@@ -409,7 +460,7 @@ def test_no_held_out_prompts_give_no_evidence() -> None:
 
 
 def falling(**changed: Any) -> tuple[Any, Any, list[list[Tensor]]]:
-    """A run whose held-out reward falls at every look: the loss pulls the reward towards 0."""
+    """A run whose reward falls at every look, since the loss pulls it towards 0, while its contrary, a judge, rises."""
     pipe, seen = aligned(), []
     chosen = {"loss": "target:0", "steps": 4, "eval_prompts": 2, "eval_every": 1, **changed}
     result = align(pipe, on_step=lambda _: seen.append(adapter(pipe)), **chosen)
@@ -418,27 +469,118 @@ def falling(**changed: Any) -> tuple[Any, Any, list[list[Tensor]]]:
     return pipe, result, seen
 
 
-def test_the_best_adapter_by_held_out_reward_is_kept() -> None:
-    pipe, result, seen = falling()
-    assert result.after.step == 1
-    assert same(adapter(pipe), seen[1])
+DARKER, BRIGHTER = "-1*brightness", "2*brightness"
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept", "followed"),
+    [
+        ({}, 4, "the loss target:0.0"),
+        ({"distance_weight": 1e-6}, 4, "the loss target:0.0 without the distance to the base model"),
+        ({"judges": (DARKER,)}, 4, "the judge -brightness"),
+        ({"judges": (BRIGHTER,)}, 1, "the judge 2*brightness"),
+        ({"judges": (DARKER, BRIGHTER)}, 4, "the judge -brightness"),
+        ({"judges": (DARKER, BRIGHTER), "keep_best": "judge"}, 4, "the judge -brightness"),
+        ({"judges": (DARKER, BRIGHTER), "keep_best": "2*brightness"}, 1, "the judge 2*brightness"),
+        ({"judges": (BRIGHTER,), "keep_best": "reward"}, 4, "the loss target:0.0"),
+        ({"judges": ("zscore(brightness)",), "keep_best": "zscore(brightness)"}, 1, "the judge zscore_brightness"),
+    ],
+    ids=str,
+)
+def test_the_best_adapter_is_kept_by_the_loss_or_by_a_judge(changed: Any, kept: int, followed: str) -> None:
+    pipe, result, seen = falling(**changed)
+    assert (result.after.step, result.kept_step, result.chosen_from) == (kept, kept, 4)
+    assert result.followed == followed
+    assert same(adapter(pipe), seen[kept])
     assert not same(seen[1], seen[4])
-    held_out = PromptSet.load(PROMPTS).split(2, 0)[1]
-    again = evaluate(pipe, Brightness(), [], held_out, result.config, 1)
-    assert again.per_prompt == result.after.per_prompt  # the pictures that it shows are the kept adapter's
+    evidence = PromptSet.load(PROMPTS).split(2, 0).evidence
+    again = evaluate(pipe, Brightness(), [], evidence, result.config, 1)
+    assert again.per_prompt["reward"] == result.after.per_prompt["reward"]  # its pictures are the kept adapter's
+    assert f"the best of 4 looks by {followed}" in result.choice
+    assert result.choice in repr(result)
+
+
+def test_single_pictures_count_not_their_mean() -> None:
+    """For target:0.3, pictures at 0.1 and 0.5 are worse than at 0.2 and 0.4, though their means are alike."""
+    looks = [
+        Evidence(step, ("a", "b"), 0.3, {}, {}, 0.1, {"reward": values}, merit=(merit_of(Target(0.3), values),))
+        for step, values in ((1, (0.1, 0.5)), (2, (0.2, 0.4)), (3, (0.0, 0.6)))
+    ]
+    assert best_of(looks, True) is looks[1]
+
+
+def test_looks_that_are_alike_for_the_judge_are_told_apart_by_the_loss() -> None:
+    _, result, _ = falling(judges=("clip_above(2*brightness, 0.1)",))  # every picture is past that
+    judged = [record.evidence.merit[0] for record in result.history if record.evidence is not None]
+    assert judged == pytest.approx([0.1] * 5)
+    assert result.kept_step == 4
 
 
 def test_the_last_adapter_is_kept_where_that_is_asked_for() -> None:
-    pipe, result, seen = falling(keep_best=False)
-    assert result.after.step == 4
+    pipe, result, seen = falling(keep_best=False, judges=(BRIGHTER,))
+    assert (result.after.step, result.chosen_from, result.choice) == (4, 0, "")
     assert same(adapter(pipe), seen[4])
 
 
-def test_patience_ends_a_run_that_gets_no_better() -> None:
-    _, result, _ = falling(steps=9, patience=2)
+def test_patience_ends_a_run_that_gets_no_better_by_what_is_followed() -> None:
+    _, result, _ = falling(steps=9, patience=2, judges=(BRIGHTER,))
     assert result.steps == 3
     assert not result.interrupted
-    assert result.stopped == "no better held-out score for 2 looks: ended after 3 steps"
+    assert result.stopped == "no better look by the judge 2*brightness for 2 looks: ended after 3 steps"
+    _, result, _ = falling(steps=4, patience=2)  # the loss falls at every look
+    assert (result.steps, result.stopped) == (4, "")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"judges": (DARKER,), "keep_best": "nope"}, r"keep_best = 'nope'.*the judges are '-brightness'"),
+        ({"keep_best": "judge"}, r"keep_best = 'judge': a judge to follow is needed"),
+        (
+            {"patience": 2, "eval_every": 0},
+            r"patience = 2: with eval_every = 0 no look.*eval_every|1 or more is needed",
+        ),
+        ({"patience": 2, "eval_prompts": 0}, r"patience = 2: with eval_prompts = 0 no look"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_at_the_start(changed: Any, words: str) -> None:
+    pipe = aligned()
+    with pytest.raises(ConfigError, match=words):
+        align(pipe, **{"eval_prompts": 2, **changed})
+    assert is_stock(pipe)
+
+
+# --- few prompts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [["a dog"], ["a dog", "a cat"], ["a dog", "a dog"]])
+def test_few_prompts_are_all_trained_on_and_nothing_is_called_held_out(prompts: list[str], tmp_path: Path) -> None:
+    result = align(aligned(), prompts=prompts, eval_prompts=4, out=tmp_path / "run")
+    assert result.before is not None
+    assert result.after is not None
+    assert result.before.images is not None
+    assert not result.after.held_out
+    assert len(result.before.prompts) == len(result.before.images) == 4
+    assert set(result.before.prompts) == set(prompts)
+    assert not torch.equal(result.before.images[0], result.before.images[2])  # the same prompt, other noise
+    assert result.changes["reward"].standard_error > 0
+    assert result.before.diversity > 0
+    text = repr(result)
+    assert "held-out" not in text
+    assert "reward on training prompts, fresh noise" in text
+    assert f"training on {len(prompts)} prompt" in text
+    for record in read_metrics(tmp_path / "run"):
+        assert record.evidence is None or not record.evidence.held_out
+
+
+def test_one_picture_has_no_spread_and_no_nan_is_shown(tmp_path: Path) -> None:
+    result = align(aligned(), prompts=[f"dog {i}" for i in range(9)], eval_prompts=1, out=tmp_path / "run")
+    assert math.isnan(result.changes["reward"].standard_error)
+    assert "nan" not in repr(result).replace("nance", "")
+    assert "+-" not in repr(result)
+    assert "diversity" not in repr(result)
+    assert "training on 8 prompts, 1 held out" in repr(result)
+    assert "nan" not in json.dumps(result.adapter.metadata).lower()
 
 
 def test_judges_are_watched() -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from alignprop_pipe.cli import console
 from alignprop_pipe.cli.app import app
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import AdapterError, ConfigError, PromptError, RewardError, RewardShapeError
+from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, StepRecord
 
 SMALL = ["--reward", "brightness", "--num-inference-steps", "2", "--batch-size", "2", "--eval-batch-size", "2"]
@@ -43,7 +45,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a prompt file."""
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text("a dog\ntwo cats\na red fox\nthe sea\n# no prompt\na house\na boat\n")
+    prompts = ("a dog", "two cats", "a red fox", "the sea", "# no prompt", "a house", "a boat", "a fish", "snow")
+    Path("prompts.txt").write_text("\n".join(prompts))
     return tmp_path
 
 
@@ -287,7 +290,8 @@ def test_on_a_terminal_the_line_is_drawn_over_and_fits_80_columns() -> None:
     output.console = Console(file=shown, force_terminal=True, width=80)
     look = Evidence(0, ("a",), 0.2345678, {}, {"emoji_judge": 0.5, "emoji_judge.count": 0.6}, 0.3, {})
     common = {"parts": {}, "grad_norm": 1.0, "distance": None, "graded": (1,), "memory_mb": 12345.6}
-    with console.Progress(output, AlignConfig.preset("emoji"), 100) as progress:
+    split = PromptSet.load("emoji").split(100, 0)
+    with console.Progress(output, AlignConfig.preset("emoji"), split) as progress:
         progress.on_step(StepRecord(step=0, loss=math.nan, reward=math.nan, seconds=0.0, evidence=look, **common))
         progress.on_step(StepRecord(step=1, loss=-0.2, reward=0.2123456, seconds=1.0, skipped=True, **common))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
@@ -304,8 +308,8 @@ def test_on_a_terminal_the_line_is_drawn_over_and_fits_80_columns() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_130_and_everything_saved(number: int, model: Path, place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_with_128_and_its_number_and_everything_saved(number: int, model: Path, place: Path) -> None:
     arguments = [*SMALL, "--steps", "10000", "--prompts", "prompts.txt", "--out", "out"]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": place}
     environment = {**os.environ, "PYTHONPATH": ROOT}
@@ -313,13 +317,13 @@ def test_a_signal_ends_with_130_and_everything_saved(number: int, model: Path, p
         wait_for_lines(place / "out" / "metrics.jsonl", 3, process)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 130, stderr
+    assert process.returncode == 128 + number, stderr
     assert "interrupted after" in stdout
     assert str(Path("out", "adapter.safetensors")) in stdout
     assert "Traceback" not in stdout + stderr
     assert load_file(place / "out" / "adapter.safetensors")
-    for line in (place / "out" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
+    lines = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["evidence"]["step"] == lines[-1]["step"] < 10000
     assert (place / "out" / "report.html").stat().st_size > 0
     assert not list((place / "out").rglob("*.tmp"))
 
@@ -332,13 +336,51 @@ def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_sigterm_is_heard_where_ctrl_c_is_ignored() -> None:
+def test_a_closed_terminal_loses_nothing(model: Path, place: Path) -> None:
+    """The terminal is a real one; once its other end is closed, writing to it fails."""
+    import pty
+
+    metrics = place / "out" / "metrics.jsonl"
+    ours, theirs = pty.openpty()
+    arguments = command("train", model, *SMALL, "--steps", "10000", "--prompts", "prompts.txt", "--out", "out")
+    start = f"""import fcntl, os, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv({sys.executable!r}, {list(map(str, arguments))!r})"""
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "cwd": place, "start_new_session": True}
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    with subprocess.Popen([sys.executable, "-c", start], env=environment, **streams) as process:
+        os.close(theirs)
+        while len(metrics.read_text().splitlines() if metrics.exists() else []) < 3 and process.poll() is None:
+            if select.select([ours], [], [], 0.1)[0]:  # a full buffer would hold the run up
+                os.read(ours, 4096)
+        os.close(ours)
+        assert process.wait(timeout=300) == 129
+    assert load_file(place / "out" / "adapter.safetensors")
+    assert (place / "out" / "report.html").stat().st_size > 0
+    assert "interrupted after" in (place / "out" / "config.json").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_heard_where_ctrl_c_is_ignored(number: int) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt), console.sigterm_as_interrupt():
-            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), console.signals_as_interrupt():
+            signal.raise_signal(number)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_under_nohup_a_closed_terminal_changes_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with console.signals_as_interrupt() as came:
+            signal.raise_signal(signal.SIGHUP)
+        assert came == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- sample ----------------------------------------------------------------------------------------------------------

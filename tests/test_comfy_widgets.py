@@ -99,6 +99,8 @@ def test_a_preset_filled_into_the_widgets_is_that_preset(preset: str) -> None:
 def test_numbers_within_their_ranges_are_kept(values: dict[str, float]) -> None:
     # 8 is the smallest side; 0 stands for the pipeline's own.
     values = {name: 8 if name in ("height", "width") and 0 < value < 8 else value for name, value in values.items()}
+    if values.get("patience"):  # which needs looks to count
+        values |= {name: max(1, values.get(name, 1)) for name in ("eval_every", "eval_prompts")}
     config = widgets.config_from(values)
     for name, value in values.items():
         part = FIELD_PATHS[name][0]

@@ -89,12 +89,21 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "eval_every": naturals,
     "eval_prompts": naturals,
     "eval_batch_size": counts,
-    "keep_best": st.booleans(),
+    "keep_best": st.booleans() | st.just("reward"),
     "patience": naturals,
     "mixed_precision": st.sampled_from(["no", "fp16", "bf16"]),
     "judges": st.lists(texts.map(lambda text: text.replace(":", "")), max_size=3).map(tuple),  # no code
 }
-configs = st.fixed_dictionaries({}, optional=VALUES).map(lambda values: AlignConfig().replace(**values))
+
+
+def with_looks(values: dict[str, Any]) -> AlignConfig:
+    """These settings; patience needs looks to count."""
+    if values.get("patience"):
+        values = {**values, **{name: values.get(name, 1) or 1 for name in ("eval_every", "eval_prompts")}}
+    return AlignConfig().replace(**values)
+
+
+configs = st.fixed_dictionaries({}, optional=VALUES).map(with_looks)
 
 
 def test_every_field_has_a_strategy_a_help_text_and_a_default_in_its_range() -> None:
@@ -204,7 +213,7 @@ OUTSIDE: dict[str, list[Any]] = {
     "eval_every": [-1],
     "eval_prompts": [-1],
     "eval_batch_size": [0],
-    "keep_best": [1, "yes", None],
+    "keep_best": [1, "", " ", "clip", None],
     "patience": [-1],
     "mixed_precision": ["fp8", None, True],
     "judges": ["clip", [2]],
@@ -217,6 +226,27 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     assert set(OUTSIDE) == set(FIELD_PATHS)
     with pytest.raises(ConfigError, match=rf"^{name}\b.* needed|^{name}\b.* cannot be used"):
         AlignConfig().replace(**{name: value})
+
+
+def test_settings_that_do_not_go_alone_go_together() -> None:
+    preset = AlignConfig.preset("emoji")  # with eval_every=0, and a judge
+    assert preset.replace(patience=2, eval_every=5).evaluation.patience == 2
+    with pytest.raises(ConfigError, match=r"patience = 2: with eval_every = 0"):
+        preset.replace(patience=2)
+    assert AlignConfig().replace(keep_best="judge", judges=("clip",)).evaluation.keep_best == "judge"
+    with pytest.raises(ConfigError, match=r"keep_best = 'judge': a judge to follow is needed in judges"):
+        AlignConfig().replace(keep_best="judge")
+
+
+@pytest.mark.parametrize("given", [True, False, "reward", "judge", "emoji_judge", "zscore(clip)"])
+def test_what_keep_best_follows_survives_files(given: Any) -> None:
+    config = AlignConfig().replace(keep_best=given, judges=("emoji_judge",))
+    assert config.evaluation.keep_best is given or config.evaluation.keep_best == given
+    assert AlignConfig.from_json(config.to_json()) == AlignConfig.from_toml(config.to_toml()) == config
+    texts = {"yes": True, "No": False, "true": True, " judge ": "judge"}
+    assert [AlignConfig().replace(keep_best=t, judges=("clip",)).evaluation.keep_best for t in texts] == list(
+        texts.values()
+    )
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -187,37 +187,68 @@ def test_a_column_of_another_length_is_refused():
 @given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 5))
 def test_split_shares_out_every_prompt_once(count, held_out, seed):
     prompts = numbered(count)
-    train, held = prompts.split(held_out, seed)
-    if count < 2 and held_out > 0:
-        assert train == held == prompts
-        return
-    assert len(held) == min(held_out, count // 2)
-    assert sorted(train.targets["place"] + held.targets["place"]) == list(range(count))
-    for side in (train, held):
+    split = prompts.split(held_out, seed)
+    train, looked_at = split.train, split.evidence
+    assert split == prompts.split(held_out, seed)
+    for side in (train, looked_at):
         assert side.prompts == tuple(f"dog {i}" for i in side.targets["place"])
-    assert (train, held) == prompts.split(held_out, seed)
+    if count < 8:
+        assert (train, split.held_out, len(looked_at)) == (prompts, False, held_out)
+        often = Counter(looked_at.prompts).values()
+        assert max(often, default=0) - min(often, default=0) <= 1
+        return
+    assert split.held_out
+    assert len(looked_at) == min(held_out, count // 2)
+    assert sorted(train.targets["place"] + looked_at.targets["place"]) == list(range(count))
 
 
 @given(st.integers(4, 30), st.data())
 def test_more_held_out_prompts_leave_the_first_in_place(count, data):
     few = data.draw(st.integers(0, count // 2))
-    more = numbered(count).split(few + 1, 3)[1].prompts
-    assert more[:few] == numbered(count).split(few, 3)[1].prompts
+    more = numbered(count).split(few + 1, 3).evidence.prompts
+    assert more[:few] == numbered(count).split(few, 3).evidence.prompts
 
 
 def test_split_depends_on_the_seed():
     assert numbered(30).split(5, 0) != numbered(30).split(5, 1)
 
 
-@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 3))
-def test_no_text_is_on_both_sides(letters, held_out, seed):
-    train, held = PromptSet(tuple(letters)).split(held_out, seed)
-    if len(set(letters)) == 1:
-        assert train.prompts == held.prompts == tuple(letters)
-        return
-    assert not set(train.prompts) & set(held.prompts)
-    assert set(train.prompts) | set(held.prompts) == set(letters)
-    assert len(set(held.prompts)) == len(held) == min(held_out, len(set(letters)) // 2)
+@given(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=30), st.integers(1, 6), st.integers(0, 3))
+def test_no_text_that_is_called_held_out_is_trained_on(letters, held_out, seed):
+    split = PromptSet(tuple(letters)).split(held_out, seed)
+    train, held = set(split.train.prompts), set(split.evidence.prompts)
+    assert split.held_out == (len(set(letters)) >= 8)
+    assert train | held == set(letters)
+    if split.held_out:
+        assert not train & held
+        assert len(held) == len(split.evidence) == min(held_out, len(set(letters)) // 2)
+    else:
+        assert split.train.prompts == tuple(letters)
+        assert len(split.evidence) == held_out
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out", "words"),
+    [
+        (45, 16, "training on 29 prompts, 16 held out"),
+        (8, 16, "training on 4 prompts, 4 held out"),
+        (8, 0, "training on 8 prompts, no evidence is taken"),
+        (
+            3,
+            16,
+            "training on 3 prompts, too few to hold any out: the evidence is 16 pictures of the same prompts with "
+            "fresh noise",
+        ),
+        (
+            1,
+            1,
+            "training on 1 prompt, too few to hold any out: the evidence is 1 picture of the same prompts with fresh "
+            "noise",
+        ),
+    ],
+)
+def test_the_split_in_words(count, held_out, words):
+    assert numbered(count).split(held_out, 0).words == words
 
 
 def test_split_refuses_a_negative_number():

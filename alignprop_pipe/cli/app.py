@@ -26,6 +26,7 @@ from alignprop_pipe.cli.options import (
 )
 from alignprop_pipe.cli.planning import Plan, open_planned, planned
 from alignprop_pipe.config import AlignConfig, SamplingOptions
+from alignprop_pipe.errors import AlignError
 from alignprop_pipe.sources import hub_hint, on_hub
 
 if TYPE_CHECKING:
@@ -119,10 +120,16 @@ def _train(plan: Plan, output: console.Output) -> None:
     pipe = open_planned(plan, output)
     if request.dry_run:
         return _forecast(output, pipe, config, plan.reward)
-    held_out = len(plan.prompts.split(config.evaluation.eval_prompts, config.seed)[1])
-    with console.Progress(output, config, held_out) as progress, plan.trackers:
-        on_step = all_of(progress.on_step, plan.trackers.on_step)
-        result = pipe.align(plan.reward, plan.source, config, out=plan.out, on_step=on_step, **plan.call)
+    split = plan.prompts.split(config.evaluation.eval_prompts, config.seed)
+    output.say(split.words)
+    try:
+        with console.Progress(output, config, split) as progress, plan.trackers:
+            on_step = all_of(progress.on_step, plan.trackers.on_step)
+            result = pipe.align(plan.reward, plan.source, config, out=plan.out, on_step=on_step, **plan.call)
+    except AlignError as error:
+        if error.result is not None:
+            _tell(output, plan.model, error.result)
+        raise
     _tell(output, plan.model, result)
     if result.interrupted:
         raise typer.Exit(console.INTERRUPTED)
@@ -160,9 +167,12 @@ def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
     """The summary: what changed on the held-out prompts, where everything is, and what to try next."""
     if result.before is not None and result.after is not None:
         rows = [_change_row(name, *change) for name, change in result.changes.items()]
-        rows += [("diversity", f"{result.before.diversity:.4g}", f"{result.after.diversity:.4g}", "")]
-        title = f"{console.counted(len(result.after.prompts), 'held-out prompt')}, same noise"
+        if math.isfinite(result.after.diversity):
+            rows += [("diversity", f"{result.before.diversity:.4g}", f"{result.after.diversity:.4g}", "")]
+        title = f"{result.after.what}{', same noise before and after' * result.after.held_out}"
         output.table(title, ("", "before", "after", "change"), rows, numbers=True)
+    if result.choice:
+        output.say(f"kept: {result.choice}")
     warnings = result.warnings
     ended = result.stopped or ("done, with warnings" if warnings else "done")
     output.say(f"{ended}, {console.duration(result.seconds)}")
@@ -176,6 +186,10 @@ def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
     facts = {
         "interrupted": result.interrupted,
         "stopped": result.stopped,
+        "status": result.stopped or "completed",
+        "trained_on": result.trained_on,
+        "kept_step": result.kept_step,
+        "chosen_from": result.chosen_from,
         "seconds": result.seconds,
         "steps": result.steps,
     }
@@ -185,7 +199,8 @@ def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
 
 def _change_row(name: str, before: float, after: float, difference: float, error: float) -> tuple[str, ...]:
     spread = f" ± {error:.2g}" if math.isfinite(error) else ""
-    return name, f"{before:.4g}", f"{after:.4g}", f"{difference:+.3g}{spread}"
+    known = [f"{value:.4g}" if math.isfinite(value) else "–" for value in (before, after)]
+    return name, *known, f"{difference:+.3g}{spread}" if math.isfinite(difference) else "–"
 
 
 def _files(result: "AlignResult") -> dict[str, Path]:

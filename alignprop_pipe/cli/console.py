@@ -1,9 +1,9 @@
 """Everything the commands say, and the one table from an exception to advice and exit code.
 
 `Output` knows where talk, records and results go; `Progress` is the live line of a run; `translated` turns errors
-into a sentence and an exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted. Nothing that is printed here can
-steer the terminal: texts out of files, prompts and names are written out by `escaping.visible`, and rich's markup is
-off.
+into a sentence and an exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by a
+terminal that was closed (SIGHUP). Nothing that is printed here can steer the terminal: texts out of files, prompts and
+names are written out by `escaping.visible`, and rich's markup is off.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import stat
 import threading
 import traceback
 import warnings
@@ -30,11 +31,12 @@ from alignprop_pipe.escaping import one_line, visible
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from alignprop_pipe.prompts import Split
     from alignprop_pipe.summary import RunWarning
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-PATIENCE_AFTER_SIGTERM = 5
-"""Seconds for the current step to end after SIGTERM; then the run is stopped within the step."""
+PATIENCE_AFTER_SIGNAL = 5
+"""Seconds for the current step to end after SIGTERM or SIGHUP; then the run is stopped within the step."""
 
 
 class Output:
@@ -175,14 +177,17 @@ class Progress:
     `on_step` takes every StepRecord of the run; step 0 is the look at the held-out prompts before the training.
     """
 
-    def __init__(self, output: Output, config: AlignConfig, pictures: int) -> None:
+    def __init__(self, output: Output, config: AlignConfig, split: "Split") -> None:
         from alignprop_pipe.summary import Watch
 
         self.output = output
         self.steps = config.steps
         self.every = config.evaluation.eval_every
-        self.pictures = pictures
+        self.pictures = len(split.evidence)
+        self.of = "held-out" if split.held_out else "training prompts"
         self.held_out = ""
+        drawn = counted(self.pictures, "held-out picture" if split.held_out else "picture")
+        self._first = f"rendering {drawn}" + " of training prompts" * (not split.held_out)
         self.seconds: list[float] = []
         self.watch = Watch(config.loss)
         self._bar: Any = _bar(output.console) if output.live else None
@@ -192,7 +197,7 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("starting", total=None, note="")
-        self.doing(f"rendering {counted(self.pictures, 'held-out picture')}" if self.pictures else "training")
+        self.doing(self._first if self.pictures else "training")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,11 +230,11 @@ class Progress:
             self.output.say(self._plain_line(record))
             return
         if record.evidence is not None:
-            self.output.say(f"step {record.step}: held-out {self.held_out}")
+            self.output.say(f"step {record.step}: {self.of} {self.held_out}")
         if record.skipped:
             self.output.say(f"step {record.step}: skipped, loss or gradient not finite")
-        words = [f"reward {record.reward:.4g}"] if record.step else []
-        words += [f"held-out {self.held_out.partition(',')[0]}"] if self.held_out else []
+        words = [f"reward {_known(record.reward)}"] if record.step else []
+        words += [f"{self.of} {self.held_out.partition(',')[0]}"] if self.held_out else []
         words += [f"{record.memory_mb:.0f} MB"]
         doing = "step, then look" if self._looks(record.step + 1) else "training"
         self._bar.update(self._task, description=doing, total=self.steps, completed=record.step, note="  ".join(words))
@@ -240,18 +245,24 @@ class Progress:
 
     def _plain_line(self, record: Any) -> str:
         if record.step == 0:
-            return f"before: held-out {self.held_out}"
+            return f"before: {self.of} {self.held_out}"
         left = sum(self.seconds) / len(self.seconds) * (self.steps - record.step)
-        words = [f"step {record.step}/{self.steps}", f"reward {record.reward:.4g}", f"loss {record.loss:.4g}"]
-        words += [f"held-out {self.held_out}"] if record.evidence is not None else []
+        words = [f"step {record.step}/{self.steps}", f"reward {_known(record.reward)}"]
+        words += [f"loss {_known(record.loss)}"]
+        words += [f"{self.of} {self.held_out}"] if record.evidence is not None else []
         words += [f"{record.seconds:.2f} s", f"{record.memory_mb:.0f} MB", f"ETA {duration(left)}"]
         return "  ".join(words) + ("  SKIPPED: loss or gradient not finite" if record.skipped else "")
 
 
 def held_out_text(evidence: Any) -> str:
-    """`0.231, emoji_judge 0.55, diversity 0.30`."""
-    judges = [f"{name} {evidence.judges[name]:.3g}" for name in evidence.main_judges]
-    return ", ".join([f"{evidence.reward:.4g}", *judges, f"diversity {evidence.diversity:.3g}"])
+    """`0.231, emoji_judge 0.55, diversity 0.30`; a judge's score or a diversity that is not known is left out."""
+    scores = {name: evidence.judges[name] for name in evidence.main_judges} | {"diversity": evidence.diversity}
+    known = [f"{name} {value:.3g}" for name, value in scores.items() if math.isfinite(value)]
+    return ", ".join([_known(evidence.reward), *known])
+
+
+def _known(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"
 
 
 def _bar(console: "Console") -> Any:
@@ -297,31 +308,48 @@ def waiting(output: Output, text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does: the run ends after the current step and saves everything.
+def signals_as_interrupt() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP do what Ctrl-C does: the run ends after the current step and saves everything.
 
-    What sent it will kill soon, so a step that takes longer than `PATIENCE_AFTER_SIGTERM` is broken off.
+    What sent them will kill soon, so a step that takes longer than `PATIENCE_AFTER_SIGNAL` is broken off. A signal that
+    is ignored, as SIGHUP is under nohup, stays ignored. Yields the signals that came.
     """
+    came: list[int] = []
+    alarm = getattr(signal, "SIGALRM", None)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:
-            end_of_patience(PATIENCE_AFTER_SIGTERM)
+        if number != alarm:
+            came.append(number)
+            end_of_patience(PATIENCE_AFTER_SIGNAL)
+            if number != signal.SIGTERM:
+                let_go_of_terminal()
         on_ctrl_c = signal.getsignal(signal.SIGINT)
         if not callable(on_ctrl_c):  # a shell starts background jobs with Ctrl-C ignored
             raise KeyboardInterrupt
         on_ctrl_c(signal.SIGINT, frame)
 
-    numbers = [signal.SIGTERM, *([signal.SIGALRM] if hasattr(signal, "SIGALRM") else [])]
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGALRM") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
-        yield
+        yield came
     finally:
         end_of_patience(None)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def let_go_of_terminal() -> None:
+    """Talk to nobody from here on where the terminal is gone: writing to it would fail and end the saving."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for place in (1, 2):
+            if stat.S_ISCHR(os.fstat(place).st_mode):
+                os.dup2(nowhere, place)
+        os.close(nowhere)
 
 
 def end_of_patience(seconds: int | None) -> None:
@@ -371,17 +399,22 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def translated(*, debug: bool = False) -> Iterator[None]:
     """Turn what escapes a command into a line on stderr and an exit code; the traceback only where asked for."""
+    came: list[int] = []
     try:
-        with sigterm_as_interrupt():
+        with signals_as_interrupt() as came:
             yield
+    except typer.Exit as leaving:
+        if leaving.exit_code == INTERRUPTED and came:
+            raise typer.Exit(128 + came[0]) from None
+        raise
     except typer.BadParameter as error:
         error.message = visible(error.message)
         raise
-    except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+    except (typer.Abort, typer.TyperException, BrokenPipeError):
         raise
     except KeyboardInterrupt:
         complain("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(128 + came[0] if came else INTERRUPTED) from None
     except Exception as error:
         if debug or os.environ.get("ALIGNPROP_DEBUG", "0") not in ("", "0"):
             complain(traceback.format_exc())

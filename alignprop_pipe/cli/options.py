@@ -225,13 +225,13 @@ def options_from(request: type, settings: type | None = None) -> Callable[[Comma
         else inspect.Parameter(f.name, _KEYWORD, annotation=typer.Context)
         for f in fields(request)
     ]
-    flags = [] if settings is None else [_flag(name, part, spec) for name, part, spec in _specs(settings)]
+    flags = [] if settings is None else [flag for named in _specs(settings) for flag in _flags(*named)]
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def edge(**values: Any) -> None:
             asked = request(**{p.name: _from_context(values.pop(p.name)) for p in own})
-            given = {name: _from_flag(value) for name, value in values.items() if value is not None}
+            given = dict(_from_flag(name, value) for name, value in values.items() if value is not None)
             with translated(debug=getattr(asked, "debug", False)):
                 command(asked) if settings is None else command(asked, given)
 
@@ -257,6 +257,26 @@ def _specs(settings: type) -> list[tuple[str, str | None, Field]]:
     """The single settings of AlignConfig, or of one of its parts: name, part, field."""
     parts = [part for part, kind in PARTS.items() if kind is settings]
     return [(name, part, spec) for name, (part, spec) in FIELD_PATHS.items() if not parts or part in parts]
+
+
+NO = "no_"
+"""What the name of a flag begins with that says no to a setting which takes a text too."""
+
+
+def _flags(name: str, part: str | None, spec: Field) -> list[inspect.Parameter]:
+    """The flag of a setting, and the one that says no to it where the setting takes a text or a truth."""
+    if {bool, str} - set(typing.get_args(spec.type)):
+        return [_flag(name, part, spec)]
+    no = typer.Option(
+        f"--no-{name.replace('_', '-')}",
+        help=f"the same as --{name.replace('_', '-')} no",
+        rich_help_panel=PANELS[part],
+        show_default=False,
+    )
+    return [
+        _flag(name, part, spec),
+        inspect.Parameter(f"{NO}{name}", _KEYWORD, default=None, annotation=Annotated[bool | None, no]),
+    ]
 
 
 def _flag(name: str, part: str | None, spec: Field) -> inspect.Parameter:
@@ -301,11 +321,13 @@ def _from_context(value: Any) -> Any:
     return getattr(value, "invoked_subcommand", value)
 
 
-def _from_flag(value: Any) -> Any:
+def _from_flag(name: str, value: Any) -> tuple[str, Any]:
     """Repeated flags become a tuple; a lone 'none' empties it, since a flag cannot be given zero times."""
+    if name.startswith(NO) and name not in FIELD_PATHS:
+        return name.removeprefix(NO), False
     if isinstance(value, list | tuple):
-        return () if list(value) == ["none"] else tuple(value)
-    return value
+        return name, () if list(value) == ["none"] else tuple(value)
+    return name, value
 
 
 def _help(name: str, spec: Field) -> str:
