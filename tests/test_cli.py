@@ -228,12 +228,12 @@ def test_dry_run(model: Path, place: Path) -> None:
 
 @pytest.mark.usefixtures("place")
 def test_train_says_a_line_for_each_step_and_leaves_a_run_folder(model: Path) -> None:
-    result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--out", "out")
+    result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--out", "out", "--eval-prompts", "3")
     assert result.exit_code == 0, result.output
     steps = [line for line in result.stdout.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == ["1/2", "2/2"]
     assert "before: held-out" in result.stdout
-    assert "2 held-out prompts, same noise" in result.stdout
+    assert "3 held-out prompts, same noise" in result.stdout
     assert "alignprop sample" in result.stdout
     assert result.stderr == ""
     for name in ("adapter.safetensors", "config.json", "metrics.jsonl", "curve.png", "before-after.png", "report.html"):
