@@ -29,7 +29,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor
 
-from alignprop_pipe import export, lora, repeating, room, stock
+from alignprop_pipe import effects, export, lora, repeating, room, stock
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.align import Training, start, steps_of
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
@@ -170,6 +170,8 @@ class AlignPropPipeline(DiffusionPipeline):
         reward, prompt_set = read_together(reward, prompts, out)
         config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
         tell_about(self, prompt_set, reward)
+        usual = AlignConfig.preset(preset_for(self.name_or_path))
+        effects.tell(config, effects.settings_without_effect(self, config, usual, call_kwargs))
         room.check_training(self, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompt_set)))
         with stop_on_interrupt() as stop:
             with autograd_on():

@@ -88,6 +88,7 @@ LAYERS = {
     "runs": 3,
     "sampling": 3.2,
     "room": 3.1,
+    "effects": 3.1,
     "scoring": 3,
     "align": 4,
     "forecast": 4,

@@ -242,6 +242,9 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
     adapter = _adapter_file(request)
     prompts = prompts or _default_prompts(model, request.seed)
     pipe = open_pipeline(model, request, output)
+    from alignprop_pipe.effects import drawing_without_effect, tell
+
+    tell(sampling, drawing_without_effect(pipe, sampling, settings, {}))
     sheet = Sheet.begin(request, model, sampling, adapter)
     with console.waiting(output, f"drawing {console.counted(len(prompts) * request.num, 'picture')}"):
         files = draw(pipe, prompts, sheet, output)

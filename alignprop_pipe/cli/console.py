@@ -451,14 +451,20 @@ def quiet_libraries(output: Output) -> None:
     if output.quiet:
         warnings.simplefilter("ignore")
     ours = logging.getLogger("alignprop_pipe")
-    ours.handlers = [_Notes()]
+    ours.handlers = [_Notes(output)]
     ours.setLevel(logging.ERROR if output.quiet else logging.WARNING)
     ours.propagate = False
 
 
 class _Notes(logging.Handler):
-    """What the package logs, as notes on stderr."""
+    """What the package logs, as notes on stderr; of a setting without effect, a record too."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
         if not hasattr(record, "run_warning"):  # `Progress` says these
             complain(f"note: {record.getMessage()}")
+        if setting := getattr(record, "setting", ""):
+            self._output.record("note", {"setting": setting, "text": record.getMessage()})
