@@ -47,12 +47,9 @@ def drawing_without_effect(
     for name in DRAWING:
         if name in given and name in call_kwargs:
             found[name] = f"the call's own {name} goes before it"
-    if (
-        "negative_prompt" in given
-        and "negative_prompt" in taken
-        and (reason := _unguided(sampling, taken, call_kwargs))
-    ):
-        found["negative_prompt"] = reason
+    unguided = _unguided(sampling, taken, call_kwargs)
+    if "negative_prompt" in given and "negative_prompt" in taken and unguided:
+        found["negative_prompt"] = unguided
     if "eta" in given and "eta" in taken and "eta" not in inspect.signature(stock.scheduler(pipe).step).parameters:
         found["eta"] = f"{type(stock.scheduler(pipe)).__name__} takes none; DDIMScheduler does"
     return found

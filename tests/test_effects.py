@@ -39,7 +39,6 @@ def told(pipe: Any = None, call: dict[str, Any] | None = None, **changed: Any) -
         ({"truncation": "last:2", "checkpointing": "2"}, "checkpointing"),
         ({"eval_every": 7}, "eval_every"),
         ({"judges": ("jpeg",)}, "judges"),
-        ({"patience": 3}, "patience"),
         ({**EVIDENCE, "eval_every": 7}, "eval_every"),
         ({**EVIDENCE, "eval_every": 2, "patience": 3}, "patience"),
     ],
