@@ -412,11 +412,12 @@ def apply_gradient(state: Training, skipped: bool) -> bool:
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row >= state.config.max_skipped:
             state.failure = f"{state.skipped_in_a_row} steps in a row had a loss or gradient that was not finite"
+        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.step()  # moves nothing without gradients; the schedule wants to see a step before its own
     else:
         state.skipped_in_a_row = 0
         state.good = Snapshot(state.steps, lora.snapshot(state.denoisers))
-        state.scaler.step(state.optimizer)
-        largest = torch.stack([weight.detach().abs().max() for weight in state.parameters]).max().item()
+        largest = largest_after_step(state)
         if not largest <= LARGEST_WEIGHT:
             undo(state)
             skipped = True
@@ -425,6 +426,17 @@ def apply_gradient(state: Training, skipped: bool) -> bool:
     state.lr_scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
     return not skipped
+
+
+def largest_after_step(state: Training) -> float:
+    """Step, and return the size of the adapter's largest weight then."""
+    try:
+        state.scaler.step(state.optimizer)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        return math.inf  # of a learning rate that no float32 holds
+    return torch.stack([weight.detach().abs().max() for weight in state.parameters]).max().item()
 
 
 # --- evidence ---
