@@ -197,10 +197,24 @@ class Adapter(Mapping[str, Tensor]):
         return {name: common_shape(layers) for name, layers in self.layers.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        return diffusers_keys(self.layers)[key]
+        place, _, matrix = key.rpartition(".lora_")
+        name, _, path = place.partition(".")
+        factors = self.layers.get(name, {}).get(path)
+        if factors is None or matrix not in ("A.weight", "B.weight"):
+            raise KeyError(key)
+        return factors.down if matrix == "A.weight" else factors.folded()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(diffusers_keys(self.layers))
+        for name, layers in self.layers.items():
+            for path in layers:
+                yield f"{name}.{path}.lora_A.weight"
+                yield f"{name}.{path}.lora_B.weight"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it holds the same tensors by the same names, bit for bit; what is known of it is not compared."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return self.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in self.items())
 
     def __len__(self) -> int:
         return 2 * sum(map(len, self.layers.values()))

@@ -7,7 +7,7 @@ configuration gives the same adapter, whatever the batch is split into.
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,8 @@ from alignprop_pipe.rewards.combine import calibrate
 from alignprop_pipe.rewards.guard import check_reward
 from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rollout import autograd_on, rollout
-from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.seeds import SeededDraws, generator_for
+from alignprop_pipe.text_encoders import EncodedPrompts
 
 FEWEST_FOR_STATISTICS, USUAL_FOR_STATISTICS = 4, 16
 """Held-out pictures that are enough to measure a reward's spread on; how many are drawn where there are fewer."""
@@ -76,6 +77,7 @@ class Training:
     best_merit: tuple[float, ...] = ()
     base_pictures: list[Rendered] = field(default_factory=list)
     base_look: Evidence | None = None
+    encoded: EncodedPrompts = field(default_factory=EncodedPrompts)
     looks_without_gain: int = 0
     skipped_in_a_row: int = 0
     steps: int = 0
@@ -196,7 +198,10 @@ def start(
     followed = followed_judge(config.evaluation.keep_best, judges)
     reward = reward.to(device)
     sample = split.train.batch(config.seed, 0, 2)
-    check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
+    with ExitStack() as still:
+        for network in reward.networks():
+            still.enter_context(stock.frozen(network))
+        check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
     base_pictures: list[Rendered] = []
     if not all(one.is_calibrated for one in (reward, *judges)):
         drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs)
@@ -259,7 +264,7 @@ def draw_base(
     if len(prompts) < FEWEST_FOR_STATISTICS:
         batch = split.train.batch(config.seed, 0, USUAL_FOR_STATISTICS)
         prompts = PromptSet(tuple(batch.prompts), {name: tuple(values) for name, values in batch.targets.items()})
-    with ExitStack() as base, stock.guards_off(pipe):
+    with ExitStack() as base, stock.frozen_for_training(pipe):
         for network in stock.components(pipe).values():
             base.enter_context(lora.adapter_off(network))
         drawn = [replace(part, videos=part.videos.cpu()) for part in render(pipe, prompts, config, **call_kwargs)]
@@ -283,7 +288,9 @@ def optimizer_step(state: Training, step: int) -> StepRecord:
     config = state.config
     whole = state.prompts.train.batch(config.seed, step - 1, config.batch_size * config.gradient_accumulation_steps)
     results = []
-    with stock.frozen_for_training(state.pipe, state.parameters):
+    if (device := stock.device_of(state.pipe)).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with stock.frozen_for_training(state.pipe, state.parameters, state.reward.networks()):
         for first in range(0, len(whole.prompts), config.batch_size):
             results.append(accumulate(state, step, first, whole))
         norm = clipped_norm(state)
@@ -305,7 +312,7 @@ def optimizer_step(state: Training, step: int) -> StepRecord:
         distance=None if distances[0] is None else sum(distances) / len(distances),
         graded=tuple(graded[0]),
         seconds=time.perf_counter() - began,
-        memory_mb=memory_mb(stock.device_of(state.pipe)),
+        memory_mb=memory_mb(device),
         skipped=skipped,
         images=pictures[0],
     )
@@ -338,27 +345,29 @@ def refuse_idle(state: Training, scores: Sequence[Scores], norm: float) -> None:
 
 def accumulate(
     state: Training, step: int, first: int, whole: PromptBatch
-) -> tuple[float, Scores, range, float | None, Images]:
+) -> tuple[float, Scores, range, float | None, Images | None]:
     """One batch: its gradient is added, scaled so that the batches of a step count as one large batch.
 
-    Returns its share of the loss, the scores, the graded steps, the distance to the base model, and the pictures.
+    Returns its share of the loss, the scores, the graded steps, the distance to the base model, and of the first batch
+    the pictures.
     """
     config = state.config
     part = slice(first, first + config.batch_size)
     batch = PromptBatch(whole.prompts[part], {name: list(values)[part] for name, values in whole.targets.items()})
     noise = [generator_for("noise", config.seed, step, first + i) for i in range(len(batch.prompts))]
     share = len(batch.prompts) / len(whole.prompts)
-    with autocast(state):
+    hidden = SeededDraws.after(generator_for("hidden", config.seed, step, first))
+    with hidden, stock.mixed_precision(state.pipe, config.mixed_precision), state.encoded.used_by(state.pipe):
         # One draw of K for all pictures of a step: their calls share the graph, and a split batch draws the same.
         made = rollout(
             state.pipe, batch, config, noise, generator_for("truncation", config.seed, step), **state.call_kwargs
         )
-    scores = score_pictures(state.reward, made, batch)
+        scores = score_pictures(state.reward, made, batch)
     loss = loss_of(config.loss, scores.total)
     if made.distance is not None:
         loss = loss + config.distance_weight * made.distance
     try:
-        state.scaler.scale(loss * share).backward()
+        state.scaler.scale(loss * share).backward(inputs=state.parameters)
     except CheckpointError as error:
         raise PipelineError(
             f"{type(state.pipe).__name__} computes something else the second time, when the backward pass repeats its "
@@ -367,19 +376,13 @@ def accumulate(
         ) from error
     distance = None if made.distance is None else made.distance.item()
     kept = Scores(scores.total.detach(), {name: part.detach() for name, part in scores.parts.items()})
-    return loss.item() * share, kept, made.graded, distance, shown(made)
+    return loss.item() * share, kept, made.graded, distance, None if first else shown(made)
 
 
 def shown(made: Rollout) -> Images:
     """The pictures, or the middle frames of videos, without their graph."""
     images = made.images if made.images.ndim == 4 else made.images[:, made.images.shape[1] // 2]
     return images.detach().float().cpu()
-
-
-def autocast(state: Training) -> AbstractContextManager[Any]:
-    """The precision that the configuration asks for, or no change."""
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(state.config.mixed_precision)
-    return nullcontext() if precision is None else torch.autocast(stock.device_of(state.pipe).type, precision)
 
 
 def score_pictures(reward: Reward, made: Rollout, batch: PromptBatch) -> Scores:
@@ -474,7 +477,9 @@ def look(state: Training) -> Evidence:
     drawn = (replace(part, videos=part.videos.to(device)) for part in state.base_pictures)
     if not state.base_pictures:
         drawn = render(state.pipe, state.prompts.evidence, state.config, **state.call_kwargs)
-    with stock.guards_off(state.pipe):  # a guard that is wrong would score as a black picture
+    networks = [network for one in (state.reward, *state.judges) for network in one.networks()]
+    # As in training, without guards too: one that is wrong would score as a black picture.
+    with stock.frozen_for_training(state.pipe, others=networks), state.encoded.used_by(state.pipe):
         evidence = assess(state.reward, state.judges, state.prompts.evidence, drawn, state.config, state.steps)
     evidence = replace(evidence, held_out=state.prompts.held_out)
     state.base_pictures = []

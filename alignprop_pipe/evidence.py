@@ -25,7 +25,7 @@ from alignprop_pipe.loss import merit_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
 from alignprop_pipe.rewards.base import Reward, merge_parts
-from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.seeds import SeededDraws, generator_for
 from alignprop_pipe.summary import paired_change as paired_change
 
 DIVERSITY_SIZE = 16
@@ -69,7 +69,8 @@ def render(pipe: DiffusionPipeline, prompts: PromptSet, config: AlignConfig, **c
     for start in range(0, len(prompts), size):
         places = range(start, min(start + size, len(prompts)))
         batch = prompts.take(places)
-        with _quiet(pipe):
+        hidden = SeededDraws.after(generator_for("hidden", config.seed, sample=start))
+        with _quiet(pipe), stock.mixed_precision(pipe, config.mixed_precision), hidden:
             videos = _render(pipe, batch, places, config, call_kwargs)
         yield Rendered(batch, videos)
 

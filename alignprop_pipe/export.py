@@ -28,6 +28,7 @@ from alignprop_pipe.export_header import Base, base_of
 from alignprop_pipe.export_header import describe as describe
 from alignprop_pipe.export_keys import Factors, Layers, common_shape, layers_from, misfit, named_for, networks
 from alignprop_pipe.lora import ADAPTER_NAME
+from alignprop_pipe.seeds import SeededDraws
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,8 @@ def _install(pipe: DiffusionPipeline, part: nn.Module, layers: Mapping[str, Fact
     state = {}
     for path, factors in layers.items():
         state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = factors.down, factors.up
-    with warnings.catch_warnings():
+    # New layers draw weights that are overwritten: not from the random numbers of the process.
+    with warnings.catch_warnings(), SeededDraws(0):
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # other adapters may stay
         if isinstance(part, PeftAdapterMixin):
             load: Any = part.load_lora_adapter  # whose prefix may be None, against its annotation

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from alignprop_pipe import stock
 from alignprop_pipe.config import LoraOptions
 from alignprop_pipe.errors import PipelineError
+from alignprop_pipe.seeds import SeededDraws
 
 ADAPTER_NAME = "alignprop"
 
@@ -69,8 +69,7 @@ def attach(denoisers: Mapping[str, nn.Module], options: LoraOptions, seed: int) 
     targets = {name: _targets(name, denoiser, options) for name, denoiser in denoisers.items()}
     detach(denoisers)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with SeededDraws(seed):
             for name, denoiser in denoisers.items():
                 _attach_one(name, denoiser, options, targets[name])
     except BaseException:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.memory import recomputed
 from alignprop_pipe.records import PromptBatch, Rollout
+from alignprop_pipe.seeds import SeededDraws
 from alignprop_pipe.truncation import graded_steps
 
 Forward = Callable[..., Any]
@@ -38,43 +40,43 @@ def autograd_on() -> Iterator[None]:
         yield
 
 
+_counted_steps: WeakKeyDictionary[DiffusionPipeline, dict[int, int]] = WeakKeyDictionary()
+"""How many steps a pipeline took where it had announced another number."""
+
+
 @dataclass(slots=True)
 class StepClock:
-    """Counts scheduler steps; the first denoiser call asks it how many there will be and which are graded."""
+    """Counts scheduler steps; the first denoiser call asks it how many there will be and which are graded.
+
+    What a denoiser is told of the time is not asked: a pipeline may scale, shift or repeat it.
+    """
 
     pipe: DiffusionPipeline
     config: AlignConfig
     generator: torch.Generator
     step: int = 0
-    num_steps: int | None = None
+    announced: int | None = None
+    num_steps: int = 0
     graded: range = range(0)
     distances: list[Tensor] = field(default_factory=list)
     carries_gradient: bool = False
 
-    def start(self, first: Any = None) -> None:
-        """Fix T and draw K, once for the trajectory; `first` is the timestep that the denoiser is told."""
-        if self.num_steps is None:
+    def start(self) -> None:
+        """Fix T and draw K, once for the trajectory."""
+        if self.announced is None:
+            scheduler = stock.scheduler(self.pipe)
             announced = getattr(stock.painting(self.pipe), "_num_timesteps", None)
-            num_steps = int(announced or self._steps_from(first))
-            self.num_steps, self.graded = num_steps, graded_steps(self.config.truncation, num_steps, self.generator)
+            begin = getattr(scheduler, "begin_index", None) or 0
+            self.announced = int(announced or len(scheduler.timesteps) - begin)
+            self.num_steps = _counted_steps.get(self.pipe, {}).get(self.announced, self.announced)
+            self.graded = graded_steps(self.config.truncation, self.num_steps, self.generator)
 
-    def _steps_from(self, first: Any) -> int:
-        """The scheduler's timesteps from `first` on; where a picture is the start, it is not the first of all."""
-        scheduler = stock.scheduler(self.pipe)
-        begin = getattr(scheduler, "begin_index", None) or 0
-        if begin == 0 and first is not None:
-            same = scheduler.timesteps == torch.as_tensor(first, device=scheduler.timesteps.device).flatten()[0]
-            begin = int(same.nonzero()[0]) if same.any() else 0
-        return len(scheduler.timesteps) - begin
-
-    def finish(self) -> None:
-        """Raises PipelineError if the steps that were taken are not those that the cut was made for."""
-        if self.step != self.num_steps:
-            raise PipelineError(
-                f"{type(self.pipe).__name__} announced {self.num_steps} denoising steps and took {self.step}: "
-                "the last steps cannot be told apart. Try another scheduler or num_inference_steps; of a pipeline that "
-                "draws a video piece by piece, ask for one piece (a smaller num_frames)"
-            )
+    @property
+    def was_right(self) -> bool:
+        """Whether the steps that were taken are those that the cut was made for; if not, it is remembered."""
+        if self.announced is not None and self.step not in (0, self.num_steps):
+            _counted_steps.setdefault(self.pipe, {})[self.announced] = self.step
+        return self.step == self.num_steps
 
 
 def rollout(
@@ -91,12 +93,14 @@ def rollout(
     stock call's, bit for bit. `distance` is the mean squared change of the noise prediction by the adapter at
     graded steps, where `config.distance_weight` asks for it. Raises PipelineError.
     """
-    clock = StepClock(pipe, config, truncation_generator)
-    arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
-    call = inspect.unwrap(type(pipe).__call__)
-    with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
-        images = stock.pictures(pipe, call, arguments)
-    clock.finish()
+    clock, images = _called(pipe, batch, config, generators, truncation_generator, call_kwargs)
+    if not clock.was_right:  # not every pipeline says how many steps it takes: now it is known
+        clock, images = _called(pipe, batch, config, generators, truncation_generator, call_kwargs)
+    if not clock.was_right:
+        raise PipelineError(
+            f"{type(pipe).__name__} took {clock.step} denoising steps where {clock.num_steps} were expected, and "
+            "another number before: its last steps cannot be told. Try another scheduler or num_inference_steps"
+        )
     if not images.requires_grad:
         place = "after its last denoising step" if clock.carries_gradient else "in its denoising loop"
         raise PipelineError(
@@ -105,6 +109,26 @@ def rollout(
         )
     distance = torch.stack(clock.distances).mean() if clock.distances else None
     return Rollout(images, clock.graded, clock.step, distance)
+
+
+def _called(
+    pipe: DiffusionPipeline,
+    batch: PromptBatch,
+    config: AlignConfig,
+    generators: Sequence[torch.Generator],
+    truncation_generator: torch.Generator,
+    call_kwargs: Mapping[str, Any],
+) -> tuple[StepClock, Tensor]:
+    """The stock call, once; where its steps were not those expected, the generators are as they were before."""
+    clock = StepClock(pipe, config, truncation_generator)
+    arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
+    call = inspect.unwrap(type(pipe).__call__)
+    states = [(generator, generator.get_state()) for generator in (*generators, truncation_generator)]
+    with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
+        images = stock.pictures(pipe, call, arguments)
+    for generator, state in states if not clock.was_right else ():
+        generator.set_state(state)
+    return clock, images
 
 
 # --- what is put round the stock parts, and taken off again ---
@@ -167,12 +191,10 @@ def _counted(clock: StepClock, step: Forward) -> Forward:
 
 def _graded(denoiser: nn.Module, clock: StepClock) -> Forward:
     forward, helper = denoiser.forward, _graded_helper(denoiser, clock)
-    signature = inspect.signature(forward)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        clock.start(given.get("timestep", given.get("t")))
+        clock.start()
         output = helper(*args, **kwargs)
         if clock.step in clock.graded and clock.config.distance_weight > 0:
             clock.distances.append(_distance_to_base(denoiser, forward, output, args, kwargs))
@@ -215,7 +237,7 @@ def _as_of_now(network: nn.Module, forward: Forward, arguments: tuple[tuple, dic
     takes the residuals of a T2I-adapter out of the list that holds them.
     """
     processors = [(module, module.processor) for module in network.modules() if hasattr(module, "processor")]
-    kept, runs = _same_in_new_containers(arguments), 0
+    kept, runs, forward = _same_in_new_containers(arguments), 0, _with_the_same_draws(network, forward)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal runs
@@ -230,6 +252,45 @@ def _as_of_now(network: nn.Module, forward: Forward, arguments: tuple[tuple, dic
             return forward(*args, **kwargs)
 
     return call
+
+
+def _with_the_same_draws(network: nn.Module, forward: Forward) -> Forward:
+    """`forward`, which a second time draws the random numbers of the first.
+
+    A decoder may draw noise that nobody can give it a generator for. The process-wide generators are set back only
+    where `forward` draws from them itself.
+    """
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    draws, states, is_first = None, None, True
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal draws, states, is_first
+        if is_first:
+            is_first, entered = False, SeededDraws.entered()
+            draws, before = entered and entered.from_here(), _random_states(device)
+            output = forward(*args, **kwargs)
+            drew = not all(map(torch.equal, before, _random_states(device)))
+            states = before if drew else None
+            return output
+        with ExitStack() as stack:
+            if draws is not None:
+                stack.enter_context(draws.from_here())
+            if states is not None:
+                is_cpu = len(states) == 1
+                how: dict[str, Any] = {} if is_cpu else {"device_type": device.type}
+                stack.enter_context(torch.random.fork_rng([] if is_cpu else [device], **how))
+                torch.set_rng_state(states[0])
+                if not is_cpu:
+                    torch.get_device_module(device).set_rng_state(states[1], device)
+            return forward(*args, **kwargs)
+
+    return call
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """The states of the process-wide generators of the CPU and of `device`."""
+    others = [] if device.type in ("cpu", "meta") else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *others]
 
 
 def _same_in_new_containers(arguments: tuple[tuple, dict]) -> tuple[tuple, dict]:
@@ -280,6 +341,7 @@ def _checkpointed_decode(decoder: nn.Module) -> Forward:
         latents = latents.to(dtype)
         if not latents.requires_grad:
             return in_dtype(latents, *args, **kwargs)
-        return checkpoint(in_dtype, latents, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        again = _with_the_same_draws(decoder, in_dtype)
+        return checkpoint(again, latents, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return call

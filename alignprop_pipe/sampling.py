@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from alignprop_pipe import drawings, room, stock
 from alignprop_pipe.config import SamplingOptions
-from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.seeds import SeededDraws, generator_for
 
 SMALLEST_SHOWN = 256
 """Pictures with shorter sides are enlarged where a person looks at several."""
@@ -60,7 +60,8 @@ def sample_pictures(
         batch = wanted[first : first + batch_size]
         generators = [noise_generator(seed, prompt, number) for prompt, number in batch]
         arguments = stock.call_arguments(pipe, [prompt for prompt, _ in batch], sampling, generators, call_kwargs)
-        outputs = stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
+        with SeededDraws.after(noise_generator(seed, *batch[0])):  # for noise that a pipeline draws by itself
+            outputs = stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
         for (prompt, number), output in zip(batch, outputs, strict=True):
             yield Picture(prompt, number, _frames(output))
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignprop_pipe.errors import AlignError, PromptError
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Images, PromptBatch
-from alignprop_pipe.rewards.base import Reward, members
+from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.guard import check_reward
 from alignprop_pipe.seeds import generator_for
 
@@ -333,6 +333,5 @@ def try_reward(reward: Reward, images: Images, batch: PromptBatch) -> Trial:
 
 def _weights(reward: Reward) -> dict[int, int]:
     """The size of every tensor in the networks of a reward, by its place in memory."""
-    networks = [value for member in members(reward) for value in vars(member).values() if isinstance(value, nn.Module)]
-    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    tensors = [tensor for network in reward.networks() for tensor in (*network.parameters(), *network.buffers())]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

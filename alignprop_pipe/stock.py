@@ -8,7 +8,7 @@ back as it was.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
 from alignprop_pipe.config import SamplingOptions
@@ -178,8 +179,7 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
             f"{type(pipe).__name__} returned {kind} for output_type='pt'; pictures [batch, 3, height, width] or videos "
             "[batch, frames, 3, height, width] are needed. Load a text-to-image or text-to-video pipeline"
         )
-    is_raw = any(_same_memory(images, part) for part in last.values()) or bool((images < 0).any())
-    return (images / 2 + 0.5).clamp(0, 1) if is_raw else images
+    return (images / 2 + 0.5 if _is_raw(images, last) else images).clamp(0, 1)
 
 
 def _output(
@@ -230,8 +230,22 @@ def _watched(pipe: DiffusionPipeline) -> Iterator[dict[str, Tensor]]:
         yield last
 
 
-def _same_memory(left: Tensor, right: Any) -> bool:
-    return isinstance(right, Tensor) and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+def _is_raw(images: Tensor, last: Mapping[str, Any]) -> bool:
+    """Whether pictures are in [-1, 1], as a network made them.
+
+    Their values alone would not tell: one pixel just below 0 is an overshoot.
+    """
+    for part in last.values():
+        if isinstance(part, Tensor):
+            if images.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
+                return True
+            if images.shape == part.shape:
+                made, shown = part.detach().float(), images.detach().float()
+                if torch.equal(made, shown):
+                    return True
+                if torch.allclose((made / 2 + 0.5).clamp(0, 1), shown.clamp(0, 1), atol=1e-2):
+                    return False
+    return bool((images.detach() < -0.05).float().mean() > 0.01)
 
 
 def _own_arguments(pipe: DiffusionPipeline) -> list[str]:
@@ -278,6 +292,41 @@ def wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
         yield
 
 
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a configuration's `mixed_precision` stands for."""
+
+
+@contextmanager
+def mixed_precision(pipe: DiffusionPipeline, name: str) -> Iterator[None]:
+    """Inside, the denoisers (and networks called beside them, such as a ControlNet) compute under autocast.
+
+    The text encoders and the decoder stay as they are, since a decoder may overflow in float16. What the denoisers
+    return has the number format that it has without autocast. `name` is a key of `PRECISIONS`.
+    """
+    dtype = PRECISIONS[name]
+    with ExitStack() as stack:
+        for network in called_each_step(pipe).values() if dtype is not None else ():
+            stack.enter_context(replaced(network, "forward", _autocast(network, dtype)))
+        yield
+
+
+def _autocast(network: nn.Module, dtype: torch.dtype | None) -> Callable[..., Any]:
+    forward = network.forward
+    first = next(network.parameters())
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, dtype):
+            output = forward(*args, **kwargs)
+        return tree_map(lambda leaf: leaf.to(first.dtype) if _is_float(leaf) else leaf, output)
+
+    return call
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
 def is_half(pipe: DiffusionPipeline) -> bool:
     """Whether a denoiser computes in float16, whose small gradients need loss scaling."""
     return any(next(part.parameters()).dtype == torch.float16 for part in denoisers(pipe).values())
@@ -287,11 +336,13 @@ def is_half(pipe: DiffusionPipeline) -> bool:
 
 
 @contextmanager
-def frozen_for_training(pipe: DiffusionPipeline, trainable: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Eval mode, gradient to `trainable` alone, guards off; all undone on leaving."""
+def frozen_for_training(
+    pipe: DiffusionPipeline, trainable: Sequence[nn.Parameter] = (), others: Iterable[nn.Module] = ()
+) -> Iterator[None]:
+    """Eval mode, gradient to `trainable` alone, guards off; all undone on leaving. `others` are frozen too."""
     with ExitStack() as stack:
-        for part in components(pipe).values():
-            stack.enter_context(_frozen(part))
+        for part in (*components(pipe).values(), *others):
+            stack.enter_context(frozen(part))
         for parameter in trainable:
             parameter.requires_grad_(True)
         stack.enter_context(guards_off(pipe))
@@ -300,7 +351,8 @@ def frozen_for_training(pipe: DiffusionPipeline, trainable: Sequence[nn.Paramete
 
 
 @contextmanager
-def _frozen(part: nn.Module) -> Iterator[None]:
+def frozen(part: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and no parameter wants a gradient."""
     training = [(module, module.training) for module in part.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in part.parameters()]
     try:

@@ -47,6 +47,7 @@ def put_on(pipe: DiffusionPipeline, denoisers: Mapping[str, nn.Module], window: 
     scheduler is the one that `pipe` has at the time of the call. Raises PipelineError.
     """
     clock = _Clock(pipe, window)
+    _announced(pipe)  # by an earlier call
     for part in denoisers.values():
         lora.forget_window(part)
         before = part.register_forward_pre_hook(clock.before, with_kwargs=True)
@@ -81,6 +82,8 @@ class _Clock:
         self._timesteps: Any = None
         self._values: list[float] = []
         self._origin: int | None = None
+        self._told: float | None = None
+        self._changes = 0
         self._active = range(0)
         self._off: list[tuple[LoraLayer, float]] = []
 
@@ -130,7 +133,9 @@ class _Clock:
         if scheduler.timesteps is not self._timesteps:  # every call of a pipeline sets them anew
             self._begin(scheduler, pipe, told)
         is_idle = getattr(scheduler, "num_inference_steps", 0) is None  # no call has set its steps yet
-        step = None if is_idle else self._taken(scheduler, told)
+        if told != self._told:
+            self._told, self._changes = told, self._changes + 1
+        step = None if is_idle else self._taken(scheduler)
         if step is None or step not in range(len(self._values)):
             raise PipelineError(
                 f"the adapter works in the window {self.window}, and {type(scheduler).__name__} does not tell which "
@@ -141,13 +146,14 @@ class _Clock:
 
     def _begin(self, scheduler: Any, pipe: DiffusionPipeline | None, told: float | None) -> None:
         self._timesteps, self._origin = scheduler.timesteps, getattr(scheduler, "step_index", None)
+        self._told, self._changes = told, 0
         values = [float(value) for value in torch.as_tensor(scheduler.timesteps).flatten()]
-        announced = None if pipe is None else getattr(stock.painting(pipe), "_num_timesteps", None)
+        announced = None if pipe is None else _announced(pipe)
         begin = _first_step(scheduler, values, announced, told)
         self._values = values[begin:]
         self._active = self.window.steps(len(self._values))
 
-    def _taken(self, scheduler: Any, told: float | None) -> int | None:
+    def _taken(self, scheduler: Any) -> int | None:
         """How many steps the scheduler has made in this call."""
         index = getattr(scheduler, "step_index", None)
         if index is not None:
@@ -158,8 +164,8 @@ class _Clock:
             return 0
         if hasattr(scheduler, "counter"):  # PNDM, whose second timestep comes twice
             return scheduler.counter
-        places = _places(self._values, told)
-        return min(places, key=lambda place: abs(self._values[place] - (told or 0.0)), default=None)
+        # Every other scheduler has different timesteps; how a pipeline hands them to the denoiser is its own affair.
+        return None if self._told is None else self._changes
 
 
 def _first_step(scheduler: Any, values: list[float], announced: int | None, told: float | None) -> int:
@@ -168,15 +174,25 @@ def _first_step(scheduler: Any, values: list[float], announced: int | None, told
         known = getattr(scheduler, name, None)
         if known is not None:
             return int(known)
-    places = _places(values, told)
-    same = (place for place in places if len(values) - place == announced)  # of equal timesteps
-    return next(same, places[0] if places else 0)
+    places = [place for place, value in enumerate(values) if told and math.isclose(value, told, rel_tol=CLOSE)]
+    if not announced:
+        return places[0] if places else 0
+    last = len(values) - announced
+    # A denoiser may be told the time in another unit. A call that ends early begins with the first timestep.
+    return 0 if 0 in places and last not in places else max(0, last)
 
 
-def _places(values: list[float], told: float | None) -> list[int]:
-    if told is None:
-        return []
-    return [place for place, value in enumerate(values) if math.isclose(value, told, rel_tol=CLOSE)]
+class _Asked(int):
+    """A number of steps that was read already: every call of a pipeline sets its own."""
+
+
+def _announced(pipe: DiffusionPipeline) -> int | None:
+    """How many steps this call of `pipe` takes; None where it does not say, or where another pipeline is called."""
+    painter = stock.painting(pipe)
+    number = getattr(painter, "_num_timesteps", None)
+    if number is not None:
+        painter._num_timesteps = _Asked(number)
+    return None if isinstance(number, _Asked) else number
 
 
 def _told(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:

@@ -45,10 +45,19 @@ def generators(batch: int = 2, seed: int = 7) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + number) for number in range(batch)]
 
 
+@contextmanager
+def same_hidden_draws() -> Iterator[None]:
+    """What a network draws from the process-wide generator is the same in each call inside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(23)
+        yield
+
+
 def stock_pictures(pipe: Any, arguments: dict[str, Any]) -> Tensor:
     """The plain call that any user makes."""
     batch = len(arguments["prompt"])
-    return pipe(**arguments, generator=generators(batch), output_type="pt", return_dict=False)[0]
+    with same_hidden_draws():
+        return pipe(**arguments, generator=generators(batch), output_type="pt", return_dict=False)[0]
 
 
 @dataclass(slots=True)
@@ -88,7 +97,8 @@ class Chain:
 
         call = inspect.unwrap(type(self.pipe).__call__)
         batch = len(self.arguments["prompt"])
-        with hooked(self.denoiser.register_forward_hook(detach_before_cut)), torch.enable_grad():
+        hook = self.denoiser.register_forward_hook(detach_before_cut)
+        with hooked(hook), torch.enable_grad(), same_hidden_draws():
             pictures = call(
                 self.pipe, **self.arguments, generator=generators(batch), output_type="pt", return_dict=False
             )[0]

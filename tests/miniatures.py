@@ -413,7 +413,7 @@ def wan(scheduler: Any = None, seed: int = 0) -> Any:
 
 
 def ltx(scheduler: Any = None, seed: int = 0) -> Any:
-    """Video, the text mask given to the denoiser."""
+    """Video, the text mask given to the denoiser; the decoder draws noise without a generator."""
     t5 = t5_tokenizer()
     vae = AutoencoderKLLTXVideo(
         latent_channels=8,
@@ -424,7 +424,7 @@ def ltx(scheduler: Any = None, seed: int = 0) -> Any:
         decoder_layers_per_block=(1, 1, 1, 1, 1),
         spatio_temporal_scaling=(True, True, False, False),
         decoder_spatio_temporal_scaling=(True, True, False, False),
-        decoder_inject_noise=(False,) * 5,
+        decoder_inject_noise=(True,) * 5,  # as LTX-Video 0.9.1's
         upsample_residual=(False,) * 4,
         upsample_factor=(1,) * 4,
         patch_size=1,

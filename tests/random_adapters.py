@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import by_hand
 import torch
 from torch import Tensor
 
@@ -41,8 +42,8 @@ def random_adapter(
 
 
 def draw(pipe: Any, steps: int = 4, guidance: float = 2.0, **call: Any) -> Tensor:
-    """The stock call with fixed noise."""
-    with torch.no_grad():
+    """The stock call with fixed noise, also where a network draws its own."""
+    with torch.no_grad(), by_hand.same_hidden_draws():
         return pipe(
             prompt=["a red dog"],
             num_inference_steps=steps,

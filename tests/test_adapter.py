@@ -522,3 +522,37 @@ def test_an_adapter_is_a_mapping() -> None:
     adapter = made("sd15")
     assert len(adapter) == len(list(adapter)) == len(dict(adapter))
     assert miniature("sd15").unet is not None
+
+
+def test_a_large_adapter_is_a_dict_at_once(monkeypatch):
+    """Reading it as a mapping folds each matrix once, not all of them for each."""
+    factors = {f"block.{n}.to_q": Factors(torch.ones(2, 4), torch.ones(4, 2), alpha=1.0) for n in range(512)}
+    adapter, folded = Adapter({"unet": factors}), []
+    fold = Factors.folded
+    monkeypatch.setattr(Factors, "folded", lambda self: folded.append(1) or fold(self))
+    assert len(dict(adapter)) == len(adapter) == 1024
+    assert len(folded) == 512
+    assert list(adapter)[:2] == ["unet.block.0.to_q.lora_A.weight", "unet.block.0.to_q.lora_B.weight"]
+    assert adapter["unet.block.3.to_q.lora_B.weight"].unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    "key", ["", "unet", "unet.block.lora_C.weight", "vae.block.lora_A.weight", "unet.x.lora_A.weight"]
+)
+def test_a_key_that_is_not_there(key):
+    adapter = Adapter({"unet": {"block": Factors(torch.ones(2, 4), torch.ones(4, 2), alpha=2.0)}})
+    assert key not in adapter
+    with pytest.raises(KeyError):
+        adapter[key]
+
+
+def test_adapters_are_compared_by_their_tensors():
+    def made(value: float, path: str = "block", alpha: float = 2.0) -> Adapter:
+        return Adapter({"unet": {path: Factors(torch.ones(2, 4), torch.full((4, 2), value), alpha)}})
+
+    assert made(1.0) == made(1.0)
+    assert made(1.0) == made(2.0, alpha=1.0)  # the same change
+    assert made(1.0) != made(1.5)
+    assert made(1.0) != made(1.0, path="other")
+    assert made(1.0) != dict(made(1.0))
+    assert made(1.0) != "adapter"

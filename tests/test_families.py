@@ -54,7 +54,8 @@ def roll(name: str, pipe: Any, **settings: Any) -> Rollout:
         num_inference_steps=STEPS[name], guidance_scale=2.0, height=family.height, width=family.width, **settings
     )
     extra = family.extra(len(PROMPTS))
-    return rollout(pipe, PromptBatch(PROMPTS), config, by_hand.generators(), torch.Generator(), **extra)
+    with by_hand.same_hidden_draws():
+        return rollout(pipe, PromptBatch(PROMPTS), config, by_hand.generators(), torch.Generator(), **extra)
 
 
 def gradient(chain: Chain, result: Rollout) -> Sequence[Tensor]:

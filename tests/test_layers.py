@@ -25,6 +25,7 @@ LAYERS = {
     "sources": 1,
     "prompts": 2,
     "stock": 2,
+    "text_encoders": 2.1,
     "truncation": 2,
     "memory": 2,
     "rewards.base": 2.0,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import by_hand
@@ -9,7 +10,12 @@ import miniatures
 import pytest
 import torch
 from by_hand import PROMPTS, Chain, double_inside
-from diffusers import DiffusionPipeline, IFImg2ImgPipeline
+from diffusers import (
+    DiffusionPipeline,
+    IFImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from miniatures import make_scheduler
 from torch import Tensor, nn
 
@@ -18,6 +24,7 @@ from alignprop_pipe.config import AlignConfig, LoraOptions
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
 from alignprop_pipe.rollout import rollout
+from alignprop_pipe.seeds import SeededDraws
 from alignprop_pipe.truncation import graded_steps
 
 pytestmark = [
@@ -181,6 +188,151 @@ def test_img2img_counts_the_steps_that_are_left():
         assert result.num_steps == 3
         assert result.graded == graded
         assert all(part.any() for part in gradient(result.images, weights))
+
+
+# --- how many steps there are ---------------------------------------------------------------------------------------
+
+
+class Silent(StableDiffusionPipeline):
+    """Does not say how many steps it takes."""
+
+    _num_timesteps = property(lambda self: None, lambda self, value: None)
+
+
+class SilentFromPictures(StableDiffusionImg2ImgPipeline):
+    """The same; of its scheduler's steps it takes the last ones."""
+
+    _num_timesteps = property(lambda self: None, lambda self, value: None)
+
+
+TOLD = {
+    "scaled": lambda t: t / 1000,
+    "scaled so that it falls on another timestep": lambda t: torch.ones_like(t),
+    "turned round": lambda t: 1000 - t,
+    "shifted": lambda t: t + 1,
+    "batched": lambda t: t.expand(4),
+    "in words of another scheduler": lambda t: torch.sigmoid(t.float() / 500),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize(
+    ("kind", "scheduler"), [(Silent, "DDIMScheduler"), (SilentFromPictures, "EulerDiscreteScheduler")]
+)
+def test_a_denoiser_may_be_told_the_time_in_any_way(told, kind, scheduler):
+    pipe = miniatures.sd15(make_scheduler(scheduler), kind=kind)
+    weights = adapted(pipe, torch.float32)
+    from_pictures = issubclass(kind, StableDiffusionImg2ImgPipeline)
+    extra = miniatures.FAMILIES["sd15_img2img"].call(2) if from_pictures else {}
+    settings = {"num_inference_steps": 5 if from_pictures else 3}
+
+    def tell(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0], TOLD[told](torch.as_tensor(args[1])), *args[2:]), kwargs
+
+    with by_hand.hooked(pipe.unet.register_forward_pre_hook(tell, with_kwargs=True)):
+        given = arguments(**settings) | extra
+        wanted = by_hand.stock_pictures(pipe, {k: v for k, v in given.items() if not (from_pictures and k in SIZE)})
+        for _ in range(2):  # what was counted is known the second time
+            result = roll(pipe, extra=extra, truncation="last:2", **settings)
+            assert torch.equal(result.images.detach(), wanted)
+            assert (result.num_steps, result.graded) == (3, range(1, 3))
+        assert all(part.any() for part in gradient(result.images, weights))
+
+
+SIZE = ("height", "width")
+
+
+def test_a_call_that_ends_early_is_counted():
+    """A user's callback may break off the loop: what was announced is not what is taken."""
+    pipe, weights = sd15(dtype=torch.float32)
+
+    def enough(pipe: Any, step: int, _timestep: Any, kept: dict) -> dict:
+        pipe._interrupt = step >= 1
+        return kept
+
+    result = roll(pipe, extra={"callback_on_step_end": enough}, truncation="last:1")
+    assert (result.num_steps, result.graded) == (2, range(1, 2))
+    wanted = by_hand.stock_pictures(pipe, arguments(callback_on_step_end=enough))
+    assert torch.equal(result.images.detach(), wanted)
+    assert any(part.any() for part in gradient(result.images, weights))
+
+
+def test_the_truncation_is_drawn_as_if_the_steps_had_been_known():
+    pipe = miniatures.sd15(kind=SilentFromPictures)
+    adapted(pipe, torch.float32)
+    extra = miniatures.FAMILIES["sd15_img2img"].call(2)
+    for seed in range(4):
+        drawn = roll(pipe, seed=seed, extra=extra, num_inference_steps=5, truncation="random").graded
+        fresh = miniatures.sd15_img2img()
+        adapted(fresh, torch.float32)
+        assert drawn == roll(fresh, seed=seed, extra=extra, num_inference_steps=5, truncation="random").graded
+
+
+# --- what draws random numbers --------------------------------------------------------------------------------------
+
+HIDDEN = {
+    "randn_like": lambda x: x + 0.3 * torch.randn_like(x),
+    "normal_": lambda x: x + 0.3 * torch.empty_like(x).normal_(),
+    "rand": lambda x: x * (0.5 + torch.rand(x.shape[-2:], dtype=x.dtype)),
+    "randint": lambda x: x + 0.1 * torch.randint(3, x.shape).to(x),
+    "dropout": lambda x: nn.functional.dropout(x, 0.3, training=True),
+    "dropout2d": lambda x: nn.functional.dropout2d(x, 0.3, training=True),
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.7)),
+    "rrelu, which takes no generator": lambda x: nn.functional.rrelu(x, training=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "noise", "seeded"),
+    [
+        *(("decoder", noise, False) for noise in HIDDEN),
+        *(("decoder", noise, True) for noise in ("randn_like", "dropout", "rrelu, which takes no generator")),
+        ("unet", "normal_", True),
+        ("unet", "dropout2d", False),
+    ],
+)
+def test_the_gradient_is_exact_where_something_draws_random_numbers(where, noise, seeded):
+    """Computed twice or once, the noise is that of the first time."""
+    pipe, weights = sd15()
+    part = pipe.vae.decoder.mid_block if where == "decoder" else pipe.unet.mid_block
+    results = {}
+    with by_hand.hooked(part.register_forward_hook(lambda _m, _a, out: HIDDEN[noise](out))):
+        for choice in ("all", "none"):
+            torch.manual_seed(3)
+            with SeededDraws(5) if seeded else nullcontext():
+                images = roll(pipe, checkpointing=choice, truncation="full").images
+            torch.rand(7)  # what comes between the two passes
+            results[choice] = images, gradient(images, weights)
+        torch.manual_seed(3)
+        call = inspect.unwrap(type(pipe).__call__)
+        with SeededDraws(5) if seeded else nullcontext():
+            plain = call(pipe, **arguments(), generator=by_hand.generators(), output_type="pt", return_dict=False)[0]
+        wanted = gradient(plain, weights)
+    for images, got in results.values():
+        assert torch.equal(images, plain)
+        assert by_hand.relative_difference(got, wanted) < 1e-12
+
+
+def test_a_second_backward_pass_draws_the_same():
+    pipe, weights = sd15()
+    with by_hand.hooked(pipe.vae.decoder.register_forward_hook(lambda _m, _a, out: out + torch.rand_like(out))):
+        score = roll(pipe).images.square().sum()
+        first = torch.autograd.grad(score, weights, retain_graph=True)
+        assert by_hand.relative_difference(torch.autograd.grad(score, weights), first) == 0
+
+
+def test_the_random_state_of_the_process_moves_only_where_the_networks_move_it():
+    pipe, weights = sd15(dtype=torch.float32)
+    before = torch.get_rng_state()
+    gradient(roll(pipe).images, weights)
+    assert torch.equal(torch.get_rng_state(), before)
+    with by_hand.hooked(pipe.unet.register_forward_hook(lambda _m, _a, out: (out[0] + torch.rand_like(out[0]),))):
+        torch.manual_seed(0)
+        pipe(**arguments(), generator=by_hand.generators(), output_type="pt")
+        after_stock = torch.get_rng_state()
+        torch.manual_seed(0)
+        gradient(roll(pipe).images, weights)
+        assert torch.equal(torch.get_rng_state(), after_stock)
 
 
 # --- truncation -----------------------------------------------------------------------------------------------------
@@ -562,11 +714,17 @@ def test_an_error_after_the_first_step_stays_what_it_is():
         roll(pipe)
 
 
-def test_a_scheduler_that_takes_other_steps_than_it_announced_is_refused():
+def test_steps_that_differ_from_call_to_call_are_refused():
     pipe, _ = sd15(dtype=torch.float32)
+    calls: list[int] = []
 
-    twice = pipe.unet.register_forward_hook(
-        lambda *_: pipe.scheduler.step(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 4, 8, 8))
-    )
-    with by_hand.hooked(twice), pytest.raises(PipelineError, match="num_inference_steps"):
+    def more_each_time(*_: object) -> None:
+        calls.append(1)
+        for _ in range(len(calls)):
+            pipe.scheduler.step(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 4, 8, 8))
+
+    with (
+        by_hand.hooked(pipe.unet.register_forward_hook(more_each_time)),
+        pytest.raises(PipelineError, match="num_inference_steps"),
+    ):
         roll(pipe)

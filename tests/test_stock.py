@@ -1,13 +1,16 @@
 """What a pipeline is made of, found without naming a family; and the state that training needs, given back."""
 
+from collections.abc import Callable
 from typing import Any
 
+import by_hand
 import miniatures
 import pytest
 import torch
 from aligning import PROMPTS, pictures, state
 from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
 
 from alignprop_pipe import stock
 from alignprop_pipe.config import SamplingOptions
@@ -174,3 +177,45 @@ def test_the_stock_call_loses_the_same_words() -> None:
     same_start = [pictures(pipe, prompt=[f"{fits} {end}"] * 2) for end in ("cat", "fish")]
     assert torch.equal(*same_start)
     assert not torch.equal(same_start[0], pictures(pipe, prompt=[" ".join(["dog"] * 74) + " fish"] * 2))
+
+
+# --- pictures that are in [0, 1] already, and those that are not ---
+
+
+def shown(pipe: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The pictures of a pipeline whose processor hands out `change` of the pictures in [0, 1]."""
+    inside = pipe.image_processor.postprocess
+    given = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"}
+    given |= {"prompt": by_hand.PROMPTS, "generator": by_hand.generators()}
+    with stock.replaced(pipe.image_processor, "postprocess", lambda image, **how: change(inside(image, **how))):
+        return stock.pictures(pipe, type(pipe).__call__, given)
+
+
+def below(pixels: int, by: float) -> Callable[[Tensor], Tensor]:
+    def change(images: Tensor) -> Tensor:
+        images = images.clone()
+        images.view(-1)[:pixels] = -by
+        return images
+
+    return change
+
+
+@pytest.mark.parametrize(("pixels", "by"), [(1, 1e-4), (1, 0.2), (700, 1e-3), (5, 1e-9)])
+def test_a_few_pixels_below_0_rescale_nothing(pixels, by):
+    pipe = miniatures.sd15()
+    wanted = below(pixels, 0.0)(shown(pipe, lambda images: images))
+    assert torch.equal(shown(pipe, below(pixels, by)), wanted)
+
+
+def test_pixels_above_1_are_cut_off():
+    pipe = miniatures.sd15()
+    assert shown(pipe, lambda images: images + 0.7).max() == 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_pictures_as_the_decoder_made_them_are_brought_to_0_and_1(turned):
+    """Bright or dark, and where they are a copy."""
+    pipe = miniatures.sd15()
+    plain = shown(pipe, lambda images: images)
+    back = shown(pipe, lambda images: (images * 2 - 1).flip(-1).flip(-1) if turned else images * 2 - 1)
+    assert torch.allclose(back, plain, atol=1e-6)

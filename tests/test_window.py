@@ -121,6 +121,28 @@ def test_any_scheduler(name: str) -> None:
     assert_as_by_hand(sd15(make_scheduler(name)), (0.3, 0.8), draw)
 
 
+TOLD = {
+    "scaled": lambda t: t / 1000,
+    "on another timestep": lambda t: torch.ones_like(t) * (1 + t / 1e4),
+    "turned round": lambda t: 1000 - t,
+    "batched": lambda t: t.expand(2),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
+@pytest.mark.parametrize("from_picture", [False, True])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_denoiser_may_be_told_the_time_in_any_way(told: str, from_picture: bool, name: str) -> None:
+    pipe = (sd15_img2img if from_picture else sd15)(make_scheduler(name))
+    extra = FAMILIES["sd15_img2img"].call(1) if from_picture else {}
+
+    def tell(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0], TOLD[told](torch.as_tensor(args[1])), *args[2:]), kwargs
+
+    pipe.unet.register_forward_pre_hook(tell, with_kwargs=True)
+    assert_as_by_hand(pipe, (0.0, 0.6), lambda pipe: draw(pipe, steps=8, **extra))
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_a_picture_to_start_from(name: str) -> None:
     extra = FAMILIES["sd15_img2img"].call(1)

@@ -73,6 +73,11 @@ class Reward:
         """The rewards that this one was made from."""
         return tuple(_rewards_in([*self._args, *self._kwargs.values()]))
 
+    def networks(self) -> list[nn.Module]:
+        """The networks that are loaded, those of the rewards inside too."""
+        own = [value for value in vars(self).values() if isinstance(value, nn.Module)]
+        return own + [network for child in self.children() for network in child.networks()]
+
     def trained(self) -> Iterator["Reward"]:
         """The rewards that gradient flows through: the reward itself, or those inside a combination."""
         yield self

@@ -6,7 +6,7 @@ which knows the names that it was trained on. The model's own config.json decide
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -196,7 +196,7 @@ class SquarePixels:
         return normalised(images, self.recipe)
 
 
-@cache
+@lru_cache(maxsize=4)  # a matrix of a large picture has megabytes
 def axis_weights(length: int, new_length: int) -> Matrix:
     """How much each old row gives to each new one: scipy's gaussian_filter, then zoom with grid_mode, both mirrored."""
     factor = length / new_length

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.network import NetworkReward
 from alignprop_pipe.rewards.preprocess import Preprocess
 from alignprop_pipe.rewards.weights import load_into, load_tensors, locate
+from alignprop_pipe.seeds import SeededDraws
 
 MODEL, TOKENIZER = "THUDM/ImageReward", "google-bert/bert-base-uncased"
 MAX_TOKENS = 35
@@ -188,7 +188,7 @@ def _empty_network(tensors: Mapping[str, Tensor], path: Path) -> RankedBlip:
     given = _med_config(path)
     try:
         head = {place: _matrix(tensors[f"mlp.{place}.weight"]) for place in _numbers(tensors, r"mlp\.(\d+)\.")}
-        with torch.random.fork_rng(devices=[]):  # the weights that a new network draws are overwritten
+        with SeededDraws(0):  # the weights that a new network draws are overwritten
             return RankedBlip(_vision_config(tensors, given), _text_config(tensors, given), head)
     except (LookupError, ValueError, TypeError) as error:
         raise RewardError(

@@ -65,6 +65,20 @@ class PythonReward(Reward):
     def children(self) -> tuple[Reward, ...]:
         return (self.inner,) if isinstance(self.inner, Reward) else ()
 
+    def networks(self) -> list[nn.Module]:
+        """The function itself where it is a network, and those that it uses by name."""
+        function = getattr(self.inner, "func", self.inner)  # of a functools.partial
+        used: list[Any] = (
+            [getattr(function, "__self__", None), *vars(function).values()] if hasattr(function, "__dict__") else []
+        )
+        try:
+            names = inspect.getclosurevars(function)
+            used += [*names.nonlocals.values(), *names.globals.values()]
+        except TypeError:  # no Python function
+            pass
+        found = {id(one): one for one in (*super().networks(), *used) if isinstance(one, nn.Module)}
+        return list(found.values())
+
     def trained(self) -> Iterator[Reward]:
         return self.inner.trained() if isinstance(self.inner, Reward) else super().trained()
 
