@@ -189,7 +189,7 @@ def public_about(run: Run, source: Source) -> dict[str, Any]:
         "--config",
         CONFIG,
     ]
-    about["command"] = " ".join(map(in_shell, words))
+    about["command"] = " ".join(in_shell(str(word)) for word in words)
     about.pop("working_folder", None)
     if isinstance(prompts, str):
         about.pop("prompt_set", None)  # the author's file stays theirs

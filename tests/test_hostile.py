@@ -192,10 +192,46 @@ def test_headers_that_would_stop_a_push(header: dict[str, str], tmp_path: Path) 
     assert "# foxes" in card
 
 
+@pytest.mark.parametrize(
+    "text", map("".join, hostile.FAMILIES), ids=("markdown", "terminal", "rich", "shell", "python")
+)
+def test_a_pushed_run_of_hostile_texts(text: str, tmp_path: Path) -> None:
+    cards = []
+    for name, words in (("theirs", text), ("ours", hostile.harmless(text))):
+        folder = run_of(words, tmp_path / name).parent
+        (folder / "adapter.safetensors").unlink()
+        adapter = dataclasses.replace(adapters.made("sd15"), run_folder=folder)
+        adapter.push_to_hub("me/foxes", dry_run=tmp_path / name / "hub")
+        cards.append((tmp_path / name / "hub" / "README.md").read_text(encoding="utf-8"))
+    found, usual = (hostile.structure(parts(card)[1]) for card in cards)
+    assert found == usual
+    assert is_seen(cards[0])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": 3, "reward": [1], "calibrated_reward": {"a": 1}, "prompts": [1, None, "a"]},
+        {"result": [1], "started": 4, "device": {}, "command": []},
+        {"result": {"status": ["x"], "held_out": 3, "warnings": "x"}, "config": {}},
+        {"config": {"evaluation": {"judges": 3}, "sampling": [], "batch_size": "x", "loss": {"a": 1}}},
+    ],
+)
+def test_a_run_folder_with_anything_in_it_is_pushed(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = run_of("harmless", tmp_path / "run").parent
+    (folder / "adapter.safetensors").unlink()
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | changed))
+    adapter = dataclasses.replace(adapters.made("sd15"), run_folder=folder)
+    adapter.push_to_hub("me/foxes", dry_run=tmp_path / "hub")
+    assert "# foxes" in (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+
+
 # --- the report and the result ---------------------------------------------------------------------------------------
 
 
-def report_of(text: str, folder: Path) -> hostile.Tags:
+def run_of(text: str, folder: Path) -> Path:
+    """A finished run whose every text is `text`; returns the report."""
     run = new_run(folder, reward=text, prompts=text)
     run.about |= {"model": text, "command": text, "versions": {text: text}}
     looks = [
@@ -209,7 +245,11 @@ def report_of(text: str, folder: Path) -> hostile.Tags:
     run.evidence(looks[1], "after")
     run.adapter_path.write_bytes(b"")
     changes = {"reward": (1.0, 2.0, 1.0, 0.1), text: (5.0, 1.0, -4.0, 0.1)}
-    return hostile.Tags(run.finish(changes, f"failed: {text}").read_text(encoding="utf-8"))
+    return run.finish(changes, f"failed: {text}")
+
+
+def report_of(text: str, folder: Path) -> hostile.Tags:
+    return hostile.Tags(run_of(text, folder).read_text(encoding="utf-8"))
 
 
 @functools.cache
