@@ -108,7 +108,9 @@ def _opening(facts: Facts) -> str:
         )
     gallery = "<Gallery />\n\n" if facts.widgets else ""
     caption = (
-        "\n\nThe pictures above are of held-out prompts, evenly spaced and not chosen by score." if gallery else ""
+        f"\n\nThe pictures above are of {_kind_of_prompts(facts)} prompts, evenly spaced and not chosen by score."
+        if gallery
+        else ""
     )
     words = f"A LoRA for {base or 'a local model'} {made} No trigger word is needed.{caption}"
     return f"# {in_markdown(facts.name)}\n\n{gallery}{words}"
@@ -171,18 +173,23 @@ def _results(facts: Facts) -> str:
         return ""
     head = "| score | what it is | before | after | change |\n|---|---|---:|---:|---:|"
     rows = [_row(facts, name, change) for name, change in facts.scores.items()]
+    kind = _kind_of_prompts(facts)
     parts = [
-        f"## Results on held-out prompts\n\n{in_markdown(_of_prompts(facts))}, with the same noise before and after."
+        f"## Results on {kind} prompts",
+        f"{in_markdown(_of_prompts(facts))}, with the same noise before and after.",
     ]
+    if facts.choice:
+        parts.append(f"Kept: {in_markdown(facts.choice)}.")
     parts.append("\n".join([head, *rows]))
     if any(math.isfinite(change.standard_error) for change in facts.changes.values()):
         parts.append("± is the standard error of the mean paired difference; below two of them a change may be chance.")
     if not facts.judges:
         parts.append("No judge watched this run: all of these scores are the trained reward's own.")
     if SHEET in facts.files:
-        parts.append(f"![Held-out prompts before and after, from the same noise, not chosen by score]({SHEET})")
+        words = f"{kind.capitalize()} prompts before and after, from the same noise, not chosen by score"
+        parts.append(f"![{words}]({SHEET})")
     if CURVE in facts.files:
-        parts.append(f"![The reward during training, and the held-out scores]({CURVE})")
+        parts.append(f"![The reward during training, and the scores of the evidence]({CURVE})")
     return "\n\n".join(parts)
 
 
@@ -249,7 +256,7 @@ def _limits(facts: Facts) -> str:
             "that part; diffusers and ComfyUI's own loader use it in all of them.",
         )
     if 0 < facts.held_out < 50:
-        count = f"{facts.held_out} held-out prompt{'s' * (facts.held_out != 1)}"
+        count = facts.after.what if facts.after else f"{facts.held_out} held-out prompt{'s' * (facts.held_out != 1)}"
         lines.insert(1, f"{count} can show a large change and not a small one.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -267,9 +274,9 @@ def _files(facts: Facts) -> str:
     about = {
         WEIGHTS: "the adapter, for diffusers and PEFT",
         CONFIG: "all settings, the versions of the libraries, the result",
-        METRICS: "a line for each optimizer step, with every score of every held-out prompt",
-        CURVE: "reward and held-out scores over the steps",
-        SHEET: "held-out prompts before and after",
+        METRICS: "a line for each optimizer step, with every score of the evidence",
+        CURVE: "reward and the scores of the evidence over the steps",
+        SHEET: f"{_kind_of_prompts(facts)} prompts before and after",
     }
     rows = [
         f"| {link(name, name)} | {about.get(name, 'the adapter, for ComfyUI')} |"
@@ -284,7 +291,13 @@ def _files(facts: Facts) -> str:
 
 def _of_prompts(facts: Facts) -> str:
     count = f"{facts.held_out} held-out prompt{'s' * (facts.held_out != 1)}" if facts.held_out else "Held-out prompts"
-    return f"{count} of {facts.source}" if facts.source else count
+    count = facts.after.what if facts.after else count
+    comma = "," * (_kind_of_prompts(facts) == "training")
+    return f"{count}{comma} of {facts.source}" if facts.source else count
+
+
+def _kind_of_prompts(facts: Facts) -> str:
+    return "held-out" if facts.after is None or facts.after.held_out else "training"
 
 
 def _prompts_text(facts: Facts) -> str:

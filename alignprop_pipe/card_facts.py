@@ -28,8 +28,8 @@ class Facts:
     `base` is a public id; `prompts` the first ones of `num_prompts`; `source` where they came from; `changes` are
     keyed as the run's scores are; `judges` are the names among them that were never trained on; `diversity` carries
     its own standard error; `mixed` are the adapters that it was mixed of, each with its weight; `window` is the share
-    of the denoising steps that the adapter is for. `widgets` are (prompt, picture's path in the repository); `before`
-    and `after` are the looks that the changes come from.
+    of the denoising steps that the adapter is for. `widgets` are (prompt, picture's path in the repository); `choice`
+    says how the adapter was chosen among several looks; `before` and `after` are those that the changes come from.
     """
 
     repo_id: str
@@ -55,6 +55,7 @@ class Facts:
     mixed: Sequence[str] = ()
     files: Sequence[str] = ()
     widgets: Sequence[tuple[str, str]] = ()
+    choice: str = ""
     before: Evidence | None = None
     after: Evidence | None = None
 

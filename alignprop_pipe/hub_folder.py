@@ -91,10 +91,10 @@ class Run:
     def after(self) -> Evidence | None:
         """The look at the adapter that was kept, found as the run found it."""
         looks = [one.evidence for one in self.records if one.step > 0 and one.evidence is not None]
-        kept = self.about.get("result", {}).get("kept_step")
+        kept = _table(self.about, "result").get("kept_step")
         if kept is not None:
             return next((look for look in looks if look.step == kept), None)
-        return best_of(looks, self.about["config"].get("evaluation", {}).get("keep_best", True))
+        return best_of(looks, _table(self.about["config"], "evaluation").get("keep_best", True))
 
     @property
     def steps(self) -> int:
@@ -281,6 +281,7 @@ def _with_run(facts: Facts, run: Run) -> Facts:
         changes=changes,
         judges=tuple(after.judges),
         kept_step=after.step,
+        choice=str(_table(run.about, "result").get("choice") or ""),
         diversity=diversity_change(before, after),
         before=before,
         after=after,

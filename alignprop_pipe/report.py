@@ -60,9 +60,8 @@ class RunSummary:
 
 
 def summary_sentences(before: Evidence, after: Evidence, changes: Mapping[str, Change]) -> list[str]:
-    """What the held-out prompts say, one sentence for each score, as plain text."""
-    number = len(after.prompts)
-    sentences = [f"Measured on {number} held-out prompt{'s' * (number != 1)} with the same noise before and after."]
+    """What the evidence says, one sentence for each score, as plain text."""
+    sentences = [f"Measured on {after.what}{', with the same noise' * after.held_out} before and after."]
     if "reward" in changes:
         sentences.append(f"The reward {_moved(changes['reward'])}.")
     for name in after.main_judges:  # what they log besides stands in the table
@@ -105,6 +104,8 @@ def write_report_html(run: RunSummary, path: str | Path) -> None:
     sentences = ["No held-out evidence was taken in this run."]
     if before is not None and after is not None:
         sentences = summary_sentences(before, after, run.changes)
+    if choice := about.get("result", {}).get("choice"):
+        sentences.append(f"Kept: {choice}.")
     loss = loss_from_text(about["config"]["loss"])
     warnings = [one.text for one in warnings_of(before, after, run.changes, loss=loss, status=run.status)]
     prompts = about["prompts"]
@@ -135,7 +136,9 @@ def _numbers(run: RunSummary) -> str:
     seconds = [record.seconds for record in records if math.isfinite(record.seconds)]
     tiles = []
     if "reward" in run.changes:
-        tiles.append((f"{run.changes['reward'].difference:+.3g}", "held-out reward"))
+        tiles.append(
+            (f"{run.changes['reward'].difference:+.3g}", run.after.named("reward") if run.after else "held-out reward")
+        )
     tiles += [
         (f"{run.changes[name].difference:+.3g}", f"{name} (judge)")
         for name in (run.after.main_judges if run.after else ())
@@ -154,7 +157,8 @@ def _numbers(run: RunSummary) -> str:
 
 
 def _curve(run: RunSummary) -> str:
-    words = "Scores over the optimizer steps. Dashed: the held-out prompts; the ring marks the adapter that was kept."
+    of = "held-out prompts" if run.before is None or run.before.held_out else "training prompts, with fresh noise"
+    words = f"Scores over the optimizer steps. Dashed: the {of}; the ring marks the adapter that was kept."
     return (
         '<figure class="card curve"><picture>'
         f'<source srcset="{_data_uri(run.curve_dark)}" media="(prefers-color-scheme: dark)">'
@@ -180,7 +184,7 @@ def _pairs(run: RunSummary) -> str:
 
 
 def _scores(run: RunSummary) -> str:
-    """Every score: the first and last tenth of the training steps, and the held-out prompts before and after."""
+    """Every score: the first and last tenth of the training steps, and the evidence before and after."""
     kept = [record for record in run.records if not record.skipped]
     tenth = max(1, len(kept) // 10)
     parts = {"reward": [record.reward for record in kept]}
@@ -199,7 +203,8 @@ def _scores(run: RunSummary) -> str:
     if run.before is not None and run.after is not None:
         before, after = run.before.diversity, run.after.diversity
         rows.append(("diversity", "", "–", "–", _text(before), _text(after), f"{after - before:+.3g}"))
-    heads = ("score", "", "training, first", "training, last", "held-out before", "held-out after", "change")
+    of = "held-out" if run.after is None or run.after.held_out else "fresh noise"
+    heads = ("score", "", "training, first", "training, last", f"{of} before", f"{of} after", "change")
     words = f"Training: means over the first and the last {tenth} step{'s' * (tenth != 1)}, on other prompts each time."
     return f'<div class="tables">{_table(heads, rows, numbers_from=2)}</div><p class="soft">{words}</p>'
 

@@ -248,7 +248,7 @@ def _not_finite(look: _Looks) -> Iterator[RunWarning]:
         what = "the reward" if name == "reward" else f"the judge {name}"
         yield RunWarning(
             "not-finite",
-            f"{count} of {len(values)} held-out pictures get a score from {what} that is not a finite number: the run "
+            f"{count} of {len(values)} pictures get a score from {what} that is not a finite number: the run "
             "has diverged, and the adapter is of no use. Try a lower learning rate or max_grad_norm.",
             name,
         )
@@ -258,7 +258,12 @@ def _goal(look: _Looks) -> Iterator[RunWarning]:
     goal = look.goal
     if goal is None or not look.fell(goal, look.spread("reward"), ERRORS, OF_THE_GOAL):
         return
-    words = f"the trained reward itself fell on held-out prompts, {numbers_of(goal)}"
+    of = (
+        "training prompts, with fresh noise"
+        if look.after is not None and not look.after.held_out
+        else "held-out prompts"
+    )
+    words = f"the trained reward itself fell on {of}, {numbers_of(goal)}"
     if isinstance(look.loss, Target):
         away = Change(-goal.before, -goal.after, -goal.difference, goal.standard_error)
         words = f"the reward moved away from its target {look.loss.value:g}: the distance went {numbers_of(away)}"
@@ -311,7 +316,7 @@ def _pictures(look: _Looks) -> Iterator[RunWarning]:
     if found:
         yield RunWarning(
             "pictures-collapsed",
-            f"The held-out pictures {' and '.join(found)}: they are losing their content. Look at them; {WAY_OUT}.",
+            f"The pictures {' and '.join(found)}: they are losing their content. Look at them; {WAY_OUT}.",
         )
 
 

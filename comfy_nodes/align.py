@@ -159,7 +159,9 @@ def keep_stopped(result: Any) -> None:
 
 def words_of(result: Any) -> str:
     """What came of a run, on one line."""
-    return "; ".join(f"{name}: {text}" for name, text in result.rows() if name != "run folder")
+    from alignprop_pipe.escaping import one_line
+
+    return one_line("; ".join(f"{name}: {text}" for name, text in result.rows() if name != "run folder"))
 
 
 def outputs(result: Any, run: Run) -> io.NodeOutput:

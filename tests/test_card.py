@@ -17,7 +17,7 @@ from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, card, hub_fo
 from alignprop_pipe.card import WEIGHTS, Facts, model_card, warnings_in
 from alignprop_pipe.licences import base_licence, overall, reward_licences
 from alignprop_pipe.privacy import Private
-from alignprop_pipe.records import Change
+from alignprop_pipe.records import Change, Evidence
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 FACTS = Facts(
@@ -240,6 +240,19 @@ def test_no_evidence_is_said() -> None:
     assert "> Nothing was measured on held-out prompts" in content
     assert "## Results" not in content
     assert ModelCard(content).data.eval_results is None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_evidence_that_is_not_held_out_is_called_what_it_is() -> None:
+    look = Evidence(9, ("a dog",) * 5, 6.0, {}, {"pickscore": 21.5}, 0.3, {}, held_out=False)
+    content = text(before=look, after=look, held_out=5)
+    assert "## Results on training prompts" in content
+    assert "5 pictures of training prompts, fresh noise, of the set 'animals'" in content
+    assert "held-out" not in content.replace("held-out score", "")
+
+
+def test_how_the_adapter_was_chosen_is_said() -> None:
+    content = text(choice="the adapter of step 40, the best of 6 looks by the judge a_b")
+    assert "Kept: the adapter of step 40, the best of 6 looks by the judge a\\_b." in content
 
 
 def test_a_run_that_was_stopped_is_said() -> None:

@@ -13,6 +13,7 @@ import pytest
 from test_summary import EVEN, look, record, shifted
 
 from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.prompts import PromptSet
 
 STAND_INS = ("comfy", "comfy.model_management", "comfy.utils", "folder_paths", "comfy_api", "server")
 NODES = ("comfy_nodes.host", "comfy_nodes.align", "comfy_nodes.adapters")
@@ -34,7 +35,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def test_the_node_says_what_its_newest_look_warns_of(nodes: dict[str, Any]) -> None:
-    run = nodes["align"].Run("7", AlignConfig().replace(eval_every=2), 16)
+    prompts = PromptSet(tuple(f"prompt {number}" for number in range(32)))
+    run = nodes["align"].Run("7", AlignConfig().replace(eval_every=2), prompts)
     rose, fell = shifted(EVEN, 0.2), shifted(EVEN, -0.2)
     course = [
         (0, look(0, judge=EVEN), 1),

@@ -108,6 +108,23 @@ def test_the_warning_stands_on_the_page(tmp_path):
     assert 'role="alert"' not in report_of(tmp_path / "other")
 
 
+def test_evidence_that_is_not_held_out_is_called_what_it_is(tmp_path):
+    run = new_run(tmp_path / "run")
+    for step, when in ((0, "before"), (1, "after")):
+        run.evidence(dataclasses.replace(look(step), held_out=False), when)
+    page = "".join(Page(run.finish({"reward": (1.0, 0.5, -0.5, 0.1)}).read_text(encoding="utf-8")).text)
+    assert "Measured on 3 pictures of training prompts, fresh noise before and after." in page
+    assert "held-out" not in page[: page.index("Settings")]
+
+
+def test_how_the_adapter_was_chosen_is_said(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.evidence(look(0), "before")
+    run.evidence(look(1), "after")
+    page = run.finish({}, facts={"choice": "the adapter of step 1, the best of <2> looks"})
+    assert "Kept: the adapter of step 1, the best of <2> looks." in "".join(Page(page.read_text(encoding="utf-8")).text)
+
+
 def test_a_reward_that_fell_is_said_at_the_top(tmp_path):
     page = "".join(Page(report_of(tmp_path, changes={"reward": (1.0, 0.5, -0.5, 0.1)})).text)
     assert "The adapter is worse than the base model by the run's own evidence" in page[: page.index("The reward fell")]

@@ -64,6 +64,13 @@ def test_a_reward_that_fell_is_an_adapter_that_is_worse_than_the_base() -> None:
     assert "from 0.65 to 0.55 (-0.1 ± 0.0026)" in text
 
 
+def test_what_was_looked_at_is_called_what_it_is() -> None:
+    before, after = (dataclasses.replace(one, held_out=False) for one in (look(0), look(9, shifted(EVEN, -0.1))))
+    text = found(before, after)["worse-than-base"].text
+    assert "fell on training prompts, with fresh noise" in text
+    assert "held-out" not in text
+
+
 @pytest.mark.parametrize(("by", "noise"), [(-0.1, 0.5), (-0.002, 0.0001), (0.1, 0.01)])
 def test_chance_and_trifles_are_no_fall(by: float, noise: float) -> None:
     assert found(look(0), look(9, shifted(EVEN, by, noise))) == {}
@@ -237,7 +244,7 @@ def test_two_pictures_have_no_error_of_their_diversity() -> None:
 
 def test_scores_that_are_no_numbers_are_a_run_that_diverged() -> None:
     after = look(9, (*EVEN[:13], math.nan, math.inf, -math.inf))
-    assert "3 of 16 held-out pictures get a score from the reward" in found(look(0), after)["not-finite"].text
+    assert "3 of 16 pictures get a score from the reward" in found(look(0), after)["not-finite"].text
     judged = look(9, judge=(*EVEN[:15], math.nan))
     assert found(look(0, judge=EVEN), judged)["not-finite"].score == "judge"
 
