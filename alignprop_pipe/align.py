@@ -199,13 +199,15 @@ def start(
     reward = reward.to(device)
     sample = split.train.batch(config.seed, 0, 2)
     with ExitStack() as still:
+        still.enter_context(SeededDraws.after(generator_for("hidden", config.seed)))
         for network in reward.networks():
             still.enter_context(stock.frozen(network))
         check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
     base_pictures: list[Rendered] = []
     if not all(one.is_calibrated for one in (reward, *judges)):
         drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs)
-        reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
+        with SeededDraws.after(generator_for("hidden", config.seed)):
+            reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
         config = config.replace(judges=tuple(str(judge) for judge in judges))
         base_pictures = base_pictures if drawn_for is split.evidence else []
     if followed is not None and config.evaluation.keep_best not in (True, False, "judge"):
@@ -475,11 +477,12 @@ def look(state: Training) -> Evidence:
     device = stock.device_of(state.pipe)
     # What was drawn for the statistics is not drawn again.
     drawn = (replace(part, videos=part.videos.to(device)) for part in state.base_pictures)
+    hidden = SeededDraws.after(generator_for("hidden", state.config.seed))  # for a reward that looks at random crops
     if not state.base_pictures:
         drawn = render(state.pipe, state.prompts.evidence, state.config, **state.call_kwargs)
     networks = [network for one in (state.reward, *state.judges) for network in one.networks()]
     # As in training, without guards too: one that is wrong would score as a black picture.
-    with stock.frozen_for_training(state.pipe, others=networks), state.encoded.used_by(state.pipe):
+    with stock.frozen_for_training(state.pipe, others=networks), state.encoded.used_by(state.pipe), hidden:
         evidence = assess(state.reward, state.judges, state.prompts.evidence, drawn, state.config, state.steps)
     evidence = replace(evidence, held_out=state.prompts.held_out)
     state.base_pictures = []

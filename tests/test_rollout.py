@@ -718,9 +718,9 @@ def test_steps_that_differ_from_call_to_call_are_refused():
     pipe, _ = sd15(dtype=torch.float32)
     calls: list[int] = []
 
-    def more_each_time(*_: object) -> None:
+    def more_each_time(*_given: object) -> None:
         calls.append(1)
-        for _ in range(len(calls)):
+        for _ in calls:
             pipe.scheduler.step(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 4, 8, 8))
 
     with (

@@ -56,6 +56,23 @@ def test_a_run_touches_no_random_state_of_the_process(reward, tmp_path, unchecke
     assert random_states() == before
 
 
+def random_crops(images: Tensor) -> Tensor:
+    corner = int(torch.randint(4, ()))
+    return (images + 0.01 * torch.randn_like(images))[..., corner : corner + 8, :].mean((1, 2, 3))
+
+
+def test_a_reward_that_draws_is_that_of_the_seed(unchecked):
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = random_states()
+        runs.append(align(aligned(), random_crops, eval_prompts=3, eval_every=1))
+        assert random_states() == before
+    assert runs[0].adapter == runs[1].adapter
+    assert [record.loss for record in runs[0].history[1:]] == [record.loss for record in runs[1].history[1:]]
+    assert runs[0].after.per_prompt == runs[1].after.per_prompt
+
+
 def noisy() -> AlignPropPipeline:
     """Its decoder draws noise that no generator can be given for."""
     return aligned(miniatures.ltx())
