@@ -182,15 +182,21 @@ def undo(state: Training) -> None:
         lora.restore(state.denoisers, state.good.weights)
 
 
-def start(
-    pipe: DiffusionPipeline, reward: Reward, prompts: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
-) -> Training:
-    """Check everything that can be checked before the first step, measure what rewards lack, put the adapter on."""
+def usable_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks that get the adapter. Raises PipelineError for a pipeline that cannot be aligned as it stands."""
     denoisers = stock.denoisers(pipe)
     stock.call_parameters(pipe)  # refuses a pipeline without prompts
     states.refuse_untrainable(pipe)
     if reason := lora.obstacle(stock.components(pipe), denoisers):
         raise PipelineError(reason)
+    return denoisers
+
+
+def start(
+    pipe: DiffusionPipeline, reward: Reward, prompts: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
+) -> Training:
+    """Check everything that can be checked before the first step, measure what rewards lack, put the adapter on."""
+    denoisers = usable_denoisers(pipe)
     device = stock.device_of(pipe)
     split = prompts.split(config.evaluation.eval_prompts, config.seed)
     # A configuration that was read from a file has been searched for code by then.

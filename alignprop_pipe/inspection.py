@@ -206,6 +206,7 @@ def _problems(
         yield f"{len(broken)} tensors hold NaN or infinity, the first {broken[0]}: a failed run saved it"
     yield from _faulty_keys(in_file)
     yield from _without_effect(layers)
+    yield from _fused_copies(layers)
     if unreadable:
         yield f"this package does not load it: {unreadable}"
     yield from _alphas(in_file, header)
@@ -240,6 +241,19 @@ def _without_effect(layers: Layers) -> Iterator[str]:
     elif still:
         share = f"{len(still)} of {len(all_layers)} layers"
         yield f"{share} change nothing, the first {still[0]}: a matrix or alpha is zero"
+
+
+def _fused_copies(layers: Layers) -> Iterator[str]:
+    """Trained after `fuse_qkv_projections`, whose layers are beside those whose weights they hold."""
+    originals = {"to_qkv": "to_q", "to_kv": "to_k", "to_added_qkv": "add_q_proj", "to_added_kv": "add_k_proj"}
+    for name, part in layers.items():
+        parts = [path.rpartition(".") for path in part]
+        copies = [f"{at}.{last}" for at, _, last in parts if f"{at}.{originals.get(last, '')}" in part]
+        if copies:
+            yield (
+                f"{len(copies)} of its layers in {name} are fused projections, the first {copies[0]}, which no freshly "
+                "loaded model has: no program loads them"
+            )
 
 
 def _alphas(in_file: FileLayers, header: Mapping[str, str]) -> Iterator[str]:

@@ -144,6 +144,20 @@ def forget_window(denoiser: nn.Module) -> None:
         held.remove()
 
 
+@contextmanager
+def switched_back(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """After an error inside, the adapters beside ours are on or off as they were before."""
+    layers = [layer for network in networks for layer in _adapted_layers(network)]
+    were = [(layer, layer.disable_adapters, layer.active_adapters) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, is_off, active in were:
+            layer._disable_adapters = is_off
+            layer._active_adapter = [name for name in active if name != ADAPTER_NAME]
+        raise
+
+
 def _take_away(network: nn.Module) -> None:
     required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     others = _active(network)

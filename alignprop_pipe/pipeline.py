@@ -29,9 +29,9 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor
 
-from alignprop_pipe import effects, export, lora, repeating, room, stock
+from alignprop_pipe import effects, export, lora, repeating, room, stock, windows
 from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.align import Training, start, steps_of
+from alignprop_pipe.align import Training, start, steps_of, usable_denoisers
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
@@ -169,11 +169,12 @@ class AlignPropPipeline(DiffusionPipeline):
         """
         reward, prompt_set = read_together(reward, prompts, out)
         config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
+        usable_denoisers(self)
         tell_about(self, prompt_set, reward)
         usual = AlignConfig.preset(preset_for(self.name_or_path))
         effects.tell(config, effects.settings_without_effect(self, config, usual, call_kwargs))
         room.check_training(self, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompt_set)))
-        with stop_on_interrupt() as stop:
+        with lora.switched_back(stock.components(self).values()), stop_on_interrupt() as stop:
             with autograd_on():
                 state = start(self, reward, prompt_set, config, call_kwargs)
             session = Session(self, state, prompt_set)
@@ -194,13 +195,19 @@ class AlignPropPipeline(DiffusionPipeline):
 
         Stock diffusers opens the folder; `load_lora_weights(save_directory)` there puts the adapter on. What
         `fuse_lora` has put into the weights is in them there too, our adapter as well, which then gets no file. Other
-        LoRAs stay out, which is told. Raises AdapterError for an adapter that is fused in some components alone.
+        LoRAs stay out, which is told. Raises AdapterError for an adapter that is fused in some components alone, or in
+        spite of its window.
         """
         beside, fused = lora.unfused_and_fused(stock.components(self))
         if lora.ADAPTER_NAME in beside & fused:
             raise AdapterError(
                 "the adapter is fused in some components and in others not: call pipe.unfuse_lora() first, or "
                 "pipe.fuse_lora() to fuse all of it"
+            )
+        if lora.ADAPTER_NAME in fused and (window := windows.held_by(export.networks(self).values())) is not None:
+            raise AdapterError(
+                f"the adapter works in the window {window} of the steps, which weights cannot say, and is fused: call "
+                "pipe.unfuse_lora() first"
             )
         if lora.ADAPTER_NAME in beside:
             export.save_adapter(self, Path(save_directory) / LORA_WEIGHT_NAME_SAFE, format="diffusers")

@@ -25,9 +25,9 @@ def refuse_untrainable(pipe: DiffusionPipeline) -> None:
     for name, part in passed.items():
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise PipelineError(f"{name} is compiled: call align() first and torch.compile the pipeline afterwards")
-    decoder = stock.decoder(pipe)
-    parts = stock.components(pipe).items()
-    passed |= {name: decoder for name, part in parts if decoder is getattr(part, "_orig_mod", part)}
+    if (decoder := stock.decoder(pipe)) is not None:
+        parts = stock.components(pipe).items()
+        passed |= {name: decoder for name, part in parts if decoder is getattr(part, "_orig_mod", part)}
     for name, part in passed.items():
         if reason := next(_in_the_way(name, part), ""):
             raise PipelineError(reason)

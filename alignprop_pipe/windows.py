@@ -105,6 +105,8 @@ class _Clock:
     def before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-hook."""
         self.after()  # torch does not call hooks after Ctrl-C
+        if lora.ADAPTER_NAME not in getattr(denoiser, "peft_config", {}):  # diffusers has taken it off
+            return
         if self._step(_told(denoiser, args, kwargs)) in self._active:
             return
         layers = [layer for layer in denoiser.modules() if isinstance(layer, LoraLayer)]

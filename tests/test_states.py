@@ -6,13 +6,14 @@ without its `no_grad` decorator and with nothing of ours round it.
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import by_hand
 import miniatures
 import pytest
 import torch
-from aligning import adapter, align, aligned, is_stock, state
+from aligning import adapter, align, aligned, is_stock, pictures, state
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -29,7 +30,7 @@ from diffusers.hooks import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from alignprop_pipe import AlignPropPipeline, lora, stock
+from alignprop_pipe import Adapter, AlignPropPipeline, inspect_adapter, lora, stock
 from alignprop_pipe.config import AlignConfig, LoraOptions
 from alignprop_pipe.errors import AdapterError, PipelineError
 from alignprop_pipe.forecast import forecast
@@ -95,6 +96,30 @@ def fused_for_good(pipe: Any) -> None:
     pipe.unload_lora_weights()
 
 
+def ip_adapter(pipe: Any) -> None:
+    """Its layers are in the processors; an adapter of ours has none there."""
+    width, names = miniatures.WIDTH, lora.attention_linears(pipe.unet)
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    cross = [path.removesuffix(".processor") for path in pipe.unet.attn_processors if ".attn2." in path]
+    outs = [pipe.unet.get_submodule(path).to_k.out_features for path in cross]
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    layers = {
+        f"{2 * number + 1}.to_{kind}_ip.weight": drawn(out, width) for number, out in enumerate(outs) for kind in "kv"
+    }
+    projection = {"proj.weight": drawn(4 * width, width), "proj.bias": drawn(4 * width), **norm}
+    pipe.load_ip_adapter(
+        {"image_proj": projection, "ip_adapter": layers}, subfolder="", weight_name="", image_encoder_folder=None
+    )
+    assert lora.attention_linears(pipe.unet) == names
+
+
+LOOK = {"ip_adapter_image_embeds": [torch.randn(4, 1, 1, 16, generator=torch.Generator().manual_seed(0))]}
+
+
 def compiled(part: str) -> State:
     return lambda pipe: setattr(pipe, part, torch.compile(getattr(pipe, part), backend="eager"))
 
@@ -129,6 +154,8 @@ UNET: dict[str, State] = {
     "another LoRA": style,
     "a LoRA that is fused for good": fused_for_good,
     "a PeftModel's network": unwrapped,
+    "IP-Adapter": ip_adapter,
+    "textual inversion": lambda pipe: pipe.load_textual_inversion({"<mine>": torch.ones(16)}, token="<mine>"),
 }
 FLUX: dict[str, State] = {
     "skipped layers": lambda pipe: apply_layer_skip(
@@ -168,6 +195,7 @@ def test_pictures_and_gradient_are_those_of_the_undecorated_call(make: Any, name
     before = state(pipe)
     weights = in_use(pipe)
     extra = {} if make is miniatures.sd15 else {"max_sequence_length": 16}
+    extra |= LOOK if name == "IP-Adapter" else {}
     size = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 16, "width": 16}
     call: Any = inspect.unwrap(type(pipe).__call__)
     drawn = by_hand.stock_pictures(pipe, {"prompt": by_hand.PROMPTS, **size, **extra})
@@ -183,7 +211,7 @@ def test_pictures_and_gradient_are_those_of_the_undecorated_call(make: Any, name
     assert state(pipe) == before
     lora.detach(stock.denoisers(pipe))
     assert state(pipe) == before
-    if make is miniatures.sd15:
+    if make is miniatures.sd15 and name != "IP-Adapter":
         align(pipe)
         assert any(weight.any() for weight in adapter(pipe)[1::2])
 
@@ -300,3 +328,53 @@ def test_what_differs_the_second_time_is_said_in_words() -> None:
         align(pipe, truncation="last:1", num_inference_steps=1)
     assert is_stock(pipe)
     align(pipe, num_inference_steps=2, truncation="last:1", checkpointing="none")
+
+
+@pytest.mark.parametrize("is_off", [False, True])
+def test_after_a_failure_other_loras_are_on_or_off_as_before(is_off: bool) -> None:
+    pipe = aligned()
+    style(pipe)
+    drawn = pictures(pipe)
+    if is_off:
+        pipe.disable_lora()
+    before = pictures(pipe)
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        if images.shape[-1] == 16:
+            raise KeyError("broken in a step")
+        return images.mean(dim=(1, 2, 3))
+
+    with pytest.raises(KeyError):
+        align(pipe, reward)
+    assert torch.equal(pictures(pipe), before)
+    pipe.enable_lora()
+    assert torch.equal(pictures(pipe), drawn)
+    assert lora.active_others(pipe) == [lora.OtherLora("unet", "style", 0.5)]
+
+
+def test_a_window_ends_with_its_adapter_and_is_not_fused_away(tmp_path: Path) -> None:
+    pipe = aligned()
+    drawn = pictures(pipe)
+    pipe.load_adapter(align(aligned()).adapter, window=(0.0, 0.5))
+    pipe.fuse_lora()
+    with pytest.raises(AdapterError, match=r"window 0\.0-0\.5 .*is fused: call pipe\.unfuse_lora\(\) first"):
+        pipe.save_pretrained(tmp_path)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    pipe.scheduler = miniatures.make_scheduler("EulerDiscreteScheduler")
+    sample = torch.zeros(1, 4, 8, 8)
+    pipe.unet(sample, 10, torch.zeros(1, 3, 16))  # a call of its own, which tells no step
+    pipe.scheduler = miniatures.sd15().scheduler
+    torch.testing.assert_close(pictures(pipe), drawn, rtol=0, atol=1e-5)
+
+
+def test_inspect_names_layers_that_only_a_fused_model_has(tmp_path: Path) -> None:
+    adapter = align(aligned()).adapter
+    ((name, layers),) = adapter.layers.items()
+    path = next(path for path in layers if path.endswith("to_q"))
+    copy_of = path.replace("to_q", "to_qkv")
+    faulty = Adapter({name: {**layers, copy_of: layers[path]}}, adapter.base)
+    (file,) = faulty.save(tmp_path / "a.safetensors", format="diffusers")
+    assert any("fused projections" in problem and copy_of in problem for problem in inspect_adapter(file).problems)
+    (file,) = adapter.save(tmp_path / "b.safetensors", format="diffusers")
+    assert inspect_adapter(file).problems == ()
