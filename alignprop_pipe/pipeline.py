@@ -565,6 +565,7 @@ def write_down(run: RunFolder, result: AlignResult) -> None:
         run.evidence(result.after, "after")
     facts = {"kept_step": result.kept_step, "followed": result.followed, "chosen_from": result.chosen_from}
     facts |= {"trained_on": result.trained_on, "choice": result.choice}
+    facts |= {} if result.after is None else {"evidence_of": result.after.what}
     run.finish(result.changes, result.stopped or "completed", facts)
 
 

@@ -8,6 +8,7 @@ back as it was.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -168,7 +169,9 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
     """Pictures [batch, 3, height, width] or videos [batch, frames, 3, height, width] in [0, 1] that `call` draws.
 
     `call` is the stock `__call__`, with its decorator or without. A few pipelines hand out the decoder's own output
-    in [-1, 1] for output_type="pt"; it is brought to [0, 1] as they do for PIL. Raises PipelineError.
+    in [-1, 1] for output_type="pt"; it is brought to [0, 1] as they do for PIL. Where the last step or the decoder made
+    infinities, all pictures are NaN: clamped, they would be white or black as if nothing had happened. Raises
+    PipelineError.
     """
     with _watched(pipe) as last:
         output = _output(pipe, call, arguments, last)
@@ -179,7 +182,8 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
             f"{type(pipe).__name__} returned {kind} for output_type='pt'; pictures [batch, 3, height, width] or videos "
             "[batch, frames, 3, height, width] are needed. Load a text-to-image or text-to-video pipeline"
         )
-    return (images / 2 + 0.5 if _is_raw(images, last) else images).clamp(0, 1)
+    images = (images / 2 + 0.5 if _is_raw(images, last) else images).clamp(0, 1)
+    return images if all(part.isfinite().all() for part in last.values()) else images * math.nan
 
 
 def _output(

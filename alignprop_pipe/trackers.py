@@ -76,7 +76,8 @@ def numbers_of(record: StepRecord) -> dict[str, float]:
     if record.evidence is not None:
         look = record.evidence
         held_out = {"reward": look.reward, "diversity": look.diversity, **look.parts, **look.judges}
-        found |= {f"held-out/{name}": value for name, value in held_out.items()}
+        of = "held-out" if look.held_out else "training-prompts"
+        found |= {f"{of}/{name}": value for name, value in held_out.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 

@@ -110,6 +110,8 @@ class Run:
     def on_step(self, record: Any) -> None:
         """Bar, text, preview and curve of one record."""
         self.watch.first_at(record)
+        if self.points and self.points[-1]["step"] == record.step:  # the same step, with its evidence now
+            self.points.pop()
         self.points.append(point(record))
         host.send(EVENT, {"node": self.node_id, "steps": self.config.steps, "point": self.points[-1]})
         pictures = record.evidence.images if record.evidence is not None else record.images
@@ -137,6 +139,7 @@ def point(record: Any) -> dict[str, Any]:
         "step": record.step,
         "reward": record.reward if record.step and math.isfinite(record.reward) else None,
         "held_out": look.reward if look is not None and math.isfinite(look.reward) else None,
+        "of": "held-out" if look is None or look.held_out else "training prompts, fresh noise",
         "judges": {} if look is None else {name: value for name, value in look.judges.items() if math.isfinite(value)},
     }
 

@@ -264,6 +264,23 @@ def test_evidence_that_is_not_finite_fails_the_run_with_the_last_good_adapter(
     assert read[-1].step == 3  # what went wrong is on record
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_overflow_in_the_decoder_is_noticed_though_its_pictures_are_clamped(value: float) -> None:
+    """Infinities become white or black pictures, whose brightness is a finite number."""
+    pipe, seen = aligned(), []
+
+    def on_step(record: StepRecord) -> None:
+        seen.append(record)
+        if record.step == 1:
+            with torch.no_grad():
+                pipe.vae.decoder.conv_out.bias.fill_(value)
+
+    with pytest.raises(TrainingDiverged, match="after step 2 pictures") as told:
+        align(pipe, steps=2, on_step=on_step, **LOOKED)
+    assert seen[-1].skipped
+    assert told.value.result.kept_step == 0
+
+
 @pytest.mark.parametrize("looks", [{}, LOOKED], ids=["no looks", "looks"])
 def test_a_run_that_skipped_every_step_has_failed(looks: dict[str, Any]) -> None:
     bad = dict.fromkeys((2, 3) if looks else (1, 2), nan)

@@ -188,9 +188,10 @@ function drawCurve(canvas, run) {
   pen.scale(scale, scale);
   pen.fillStyle = "#1b1c1f";
   pen.fillRect(0, 0, width, CURVE_HEIGHT);
+  const evidence = run.points.find((p) => p.of)?.of ?? "held-out";
   const series = {
     reward: { color: "#7f8a99", points: run.points.filter((p) => p.reward != null).map((p) => [p.step, p.reward]) },
-    "held-out": { color: "#f2a33a", points: run.points.filter((p) => p.held_out != null).map((p) => [p.step, p.held_out]) },
+    [evidence]: { color: "#f2a33a", points: run.points.filter((p) => p.held_out != null).map((p) => [p.step, p.held_out]) },
   };
   const values = Object.values(series).flatMap((one) => one.points.map((point) => point[1]));
   if (!values.length) return;
