@@ -304,6 +304,62 @@ def test_on_a_terminal_the_line_is_drawn_over_and_fits_80_columns() -> None:
     assert "nan" not in text
 
 
+# --- what the run says of itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("place")
+def test_a_run_that_diverged_fails_and_says_where_the_last_good_adapter_is(model: Path) -> None:
+    arguments = ["train", model, *SMALL, "--prompts", "prompts.txt", "--lr", "1e10", "--steps", "2", "--out", "out"]
+    result = run(*arguments, "--json")
+    assert result.exit_code == 1
+    assert "error: a step was undone that made weights of" in result.stderr
+    last = json_lines(result.stdout)[-1]
+    assert last["status"].startswith("failed: a step was undone")
+    assert (last["kept_step"], last["interrupted"], last["held_out"]) == (0, False, {})
+    assert Path(last["files"]["adapter"]) == Path("out", "adapter.safetensors")
+    weights = load_file("out/adapter.safetensors")
+    assert all(weight.abs().max() < 10 for weight in weights.values())
+    assert json.loads(Path("out/config.json").read_text())["result"]["status"] == last["status"]
+
+
+@pytest.mark.usefixtures("place")
+def test_few_prompts_are_told_and_nothing_is_called_held_out(model: Path) -> None:
+    result = run("train", model, *SMALL, "--prompt", "a dog", "--prompt", "a cat", "--eval-prompts", "4")
+    assert result.exit_code == 0, result.output
+    assert "training on 2 prompts, too few to hold any out: the evidence is 4 pictures" in result.stdout
+    assert "rendering 4 pictures of training prompts" in result.stdout
+    assert "4 pictures of training prompts, fresh noise" in result.stdout
+    assert "held-out" not in result.stdout
+    assert not re.search(r"\bnan\b", result.output)
+
+
+@pytest.mark.usefixtures("place")
+def test_one_picture_shows_no_nan(model: Path) -> None:
+    result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--eval-prompts", "1", "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert "training on 7 prompts, 1 held out" in result.stdout
+    assert not re.search(r"\bnan\b", result.output)
+    assert not re.search(r"\bnan\b", Path("out/report.html").read_text())
+
+
+@pytest.mark.usefixtures("place")
+def test_the_judge_that_is_followed_is_named_and_one_that_is_not_there_refused(model: Path) -> None:
+    chosen = ["--prompts", "prompts.txt", "--eval-every", "1", "--steps", "3"]
+    result = run("train", model, *SMALL, *chosen, "--judges", "sharpness", "--keep-best", "judge", "--json")
+    assert result.exit_code == 0, result.output
+    assert "of 3 looks by the judge sharpness" in result.stderr
+    assert json_lines(result.stdout)[-1]["chosen_from"] == 3
+    for wrong, words in (
+        (["--keep-best", "nope", "--judges", "tv"], "no judge has this name; the judges are 'tv'"),
+        (["--keep-best", "judge"], "a judge to follow is needed in judges"),
+        (["--patience", "2", "--eval-every", "0"], "with eval_every = 0 no look is taken"),
+    ):
+        refused = run("train", model, *SMALL, *chosen, *wrong)
+        assert refused.exit_code == 2, refused.output
+        assert words in re.sub(r"\s+", " ", refused.stderr)
+    assert "loading" not in refused.output  # of the last one: before anything is loaded
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
