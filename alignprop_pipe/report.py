@@ -137,10 +137,10 @@ def _numbers(run: RunSummary) -> str:
     tiles = []
     if "reward" in run.changes:
         tiles.append(
-            (f"{run.changes['reward'].difference:+.3g}", run.after.named("reward") if run.after else "held-out reward")
+            (_signed(run.changes["reward"].difference), run.after.named("reward") if run.after else "held-out reward")
         )
     tiles += [
-        (f"{run.changes[name].difference:+.3g}", f"{name} (judge)")
+        (_signed(run.changes[name].difference), f"{name} (judge)")
         for name in (run.after.main_judges if run.after else ())
         if name in run.changes
     ]
@@ -198,11 +198,11 @@ def _scores(run: RunSummary) -> str:
         values = parts.get(name, [])
         start, end = (_mean(values[:tenth]), _mean(values[-tenth:])) if values else (None, None)
         held_out = [_text(v) for v in change[:2]] if change else ["–", "–"]
-        moved = f"{change.difference:+.3g} ± {_text(change.standard_error, 2)}" if change else "–"
+        moved = _signed(change.difference, change.standard_error) if change else "–"
         rows.append((name, kind, _text(start), _text(end), *held_out, moved))
     if run.before is not None and run.after is not None:
         before, after = run.before.diversity, run.after.diversity
-        rows.append(("diversity", "", "–", "–", _text(before), _text(after), f"{after - before:+.3g}"))
+        rows.append(("diversity", "", "–", "–", _text(before), _text(after), _signed(after - before)))
     of = "held-out" if run.after is None or run.after.held_out else "fresh noise"
     heads = ("score", "", "training, first", "training, last", f"{of} before", f"{of} after", "change")
     words = f"Training: means over the first and the last {tenth} step{'s' * (tenth != 1)}, on other prompts each time."
@@ -256,6 +256,13 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: in
 
     head = row("th", heads) if any(heads) else ""
     return f"<table>{head}{''.join(row('td', cells) for cells in rows)}</table>"
+
+
+def _signed(difference: float, error: float = math.nan) -> str:
+    """`+0.13 ± 0.04`, without what is not known."""
+    if not math.isfinite(difference):
+        return "–"
+    return f"{difference:+.3g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -357,6 +357,33 @@ def test_without_a_look_at_the_end_the_newest_one_counts(tmp_path):
     assert (run.path / "samples" / "after" / "scores.json").exists()
 
 
+def test_metrics_of_an_earlier_version_are_read(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.append(record(1, evidence=look(1)))
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in ("held_out", "merit"):
+            del line["evidence"][name]
+    (run.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (read,) = read_metrics(run.path)
+    assert read.evidence.held_out
+    assert read.evidence.merit == ()
+
+
+def test_of_a_step_that_was_written_twice_the_later_record_counts(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.append(record(1))
+    run.append(record(2))
+    run.append(record(2, evidence=dataclasses.replace(look(2), held_out=False, merit=(0.5, math.inf))))
+    assert [one.step for one in run.steps] == [1, 2]
+    first, second = read_metrics(run.path)
+    assert first.evidence is None
+    assert second.evidence is not None
+    assert not second.evidence.held_out
+    assert second.evidence.merit[0] == 0.5
+    assert math.isnan(second.evidence.merit[1])
+
+
 def test_a_folder_that_vanished_is_said(tmp_path):
     run = new_run(tmp_path / "run")
     shutil.rmtree(run.path)
