@@ -190,6 +190,33 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["prompts.txt", "taken", "wrong.toml"]
 
 
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["sample", "models/none", "--adapter", "none.safetensors", "--out", "prompts.txt/x", "--device", "gpu"],
+            ("models/none' here", "none.safetensors", "prompts.txt/x", "gpu", "what should"),
+        ),
+        (
+            ["sample", "a dog", "--adapter", "x.safetensors", "--window", "0.9-0.1", "--out", "/proc/x"],
+            ("0.9", "/proc"),
+        ),
+        (
+            ["score", "none.png", "--reward", "clipp", "--prompts", "none.txt", "--device", "gpu"],
+            ("none.png", "clipp", "none.txt", "gpu"),
+        ),
+    ],
+)
+def test_the_other_commands_tell_all_at_once(words: list[str], expected: tuple[str, ...]) -> None:
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert [word for word in expected if not any(word in line for line in told)] == []
+    assert len(told) == len(expected)
+    assert [path.name for path in Path.cwd().iterdir()] == ["prompts.txt"]
+
+
 def test_the_table_of_errors() -> None:
     assert console.verdict(ConfigError("steps"))[0] == 2
     assert console.verdict(PromptError("empty"))[0] == 2

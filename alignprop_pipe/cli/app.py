@@ -14,8 +14,8 @@ import typer
 from alignprop_pipe.bundled import preset_for
 from alignprop_pipe.choices import window_from_text
 from alignprop_pipe.cli import comfy, console, exporting, mixing, pushing, scores
-from alignprop_pipe.cli.drawing import Sheet, draw
-from alignprop_pipe.cli.opening import is_model, open_pipeline
+from alignprop_pipe.cli.drawing import Sheet, check_out, draw
+from alignprop_pipe.cli.opening import check_model, find_device, is_model, open_pipeline
 from alignprop_pipe.cli.options import (
     BUNDLED,
     ListRequest,
@@ -238,9 +238,20 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
     output = console.Output(quiet=request.quiet, json=request.json)
     words = request.words or []
     model, prompts = (words[0], words[1:]) if words and is_model(words[0]) else (BUNDLED, words)
-    sampling = config_for(model, settings).sampling
-    adapter = _adapter_file(request)
-    prompts = prompts or _default_prompts(model, request.seed)
+    sampling, problems, adapter = config_for(model, settings).sampling, console.Problems(), None
+    with problems.noted():
+        check_model(model)
+    with problems.noted():
+        check_out(request.out)
+    with problems.noted():
+        find_device(request.device)
+    with problems.noted():
+        prompts = prompts or _default_prompts(model, request.seed)
+    with problems.noted():
+        window_from_text(request.window or "0-1")
+    with problems.noted():
+        adapter = _adapter_file(request)
+    problems.tell()
     pipe = open_pipeline(model, request, output)
     from alignprop_pipe.effects import drawing_without_effect, tell
 
@@ -252,8 +263,6 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
 
 
 def _adapter_file(request: SampleRequest) -> Path | None:
-    if request.window is not None:
-        window_from_text(request.window)  # before the model is loaded
     if request.adapter is None:
         given = {"--compare": request.compare, "--scale": request.scale is not None, "--window": request.window}
         if any(given.values()):

@@ -360,6 +360,30 @@ def end_of_patience(seconds: int | None) -> None:
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
+
+@dataclasses.dataclass(slots=True)
+class Problems:
+    """What is wrong with a command, a sentence each: all of it is told at once, before anything is loaded."""
+
+    found: list[str] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Keep an error of what stands inside."""
+        try:
+            yield
+        except AlignError as error:
+            self.found.append(str(error))
+        except typer.BadParameter as error:
+            hint = error.param_hint if isinstance(error.param_hint, str) else ""
+            self.found.append(f"{hint}: {error.message}" if hint else error.message)
+
+    def tell(self) -> None:
+        """Raises ConfigError with all of them, where there are any."""
+        if self.found:
+            raise ConfigError(*self.found)
+
+
 MEMORY_ADVICE = (
     "out of memory: make fewer pictures at once (--batch-size 1, with a larger --gradient-accumulation-steps), keep "
     "--checkpointing all, make them smaller (--height, --width), or use --dtype bfloat16; 'alignprop train --dry-run' "

@@ -1,5 +1,7 @@
 """Files of a command: names that are free, and pictures with text chunks that say how they were made."""
 
+import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +14,7 @@ from alignprop_pipe.cli.options import SampleRequest
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
-from alignprop_pipe.sources import on_hub
+from alignprop_pipe.sources import exists, on_hub
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -62,6 +64,21 @@ class Sheet:
             "software": f"alignprop-pipe {alignprop_pipe.__version__}",
         }
         return {name: text for name, text in facts.items() if text}
+
+
+def check_out(out: Path) -> None:
+    """Raises RunError where no pictures can be written, and leaves nothing behind."""
+    missing = [folder for folder in (out, *out.parents) if not exists(folder)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except (OSError, ValueError) as error:
+        raise RunError(f"{str(out)!r} cannot be a folder for pictures: {error}; name another with --out") from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError, ValueError):  # it was never made, or somebody has put something there
+                folder.rmdir()
 
 
 def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output: Output) -> list[Path]:

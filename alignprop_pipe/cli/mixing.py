@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from alignprop_pipe.cli import console
-from alignprop_pipe.cli.opening import import_rewards, is_model, open_pipeline
+from alignprop_pipe.cli.opening import check_model, import_rewards, is_model, open_pipeline
 from alignprop_pipe.cli.options import (
     BUNDLED,
     OUTPUT,
@@ -187,8 +187,14 @@ class _Asked:
 
 
 def _write_sweep(request: MixRequest, settings: Mapping[str, Any], output: console.Output) -> None:
-    asked = _asked(request, settings, output)
-    batch, rewards = _prompts(request, asked.model), _rewards(request, asked)
+    asked, problems, batch, rewards = _asked(request, settings, output), console.Problems(), None, []
+    with problems.noted():
+        check_model(asked.model)
+    with problems.noted():
+        batch = _prompts(request, asked.model)
+    with problems.noted():
+        rewards = _rewards(request, asked)
+    problems.tell()
     pipe = open_pipeline(asked.model, request, output)
     from alignprop_pipe import mixing, sweep
     from alignprop_pipe.sampling import png_bytes

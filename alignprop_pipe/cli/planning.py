@@ -3,9 +3,8 @@
 Nothing is loaded or drawn here. A file may be settings alone, or a run's `config.json`, which repeats the run.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from alignprop_pipe.cli.drawing import default_out
 from alignprop_pipe.cli.opening import check_model, find_device, import_rewards, open_pipeline, open_reward
 from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
-from alignprop_pipe.errors import AlignError, ConfigError, RewardError
+from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.sources import exists
 
 if TYPE_CHECKING:
@@ -47,29 +46,6 @@ class Plan:
     facts: Mapping[str, Any]
     call: Mapping[str, Any]
     notes: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Problems:
-    """What is wrong, a sentence each."""
-
-    found: list[str] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Keep an error of what stands inside."""
-        try:
-            yield
-        except AlignError as error:
-            self.found.append(str(error))
-        except typer.BadParameter as error:
-            hint = error.param_hint if isinstance(error.param_hint, str) else ""
-            self.found.append(f"{hint}: {error.message}" if hint else error.message)
-
-    def tell(self) -> None:
-        """Raises ConfigError with all of them, where there are any."""
-        if self.found:
-            raise ConfigError(*self.found)
 
 
 @dataclass(frozen=True)
@@ -140,7 +116,7 @@ class SettingsFile:
 def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.Output) -> Plan:
     """Raises ConfigError, which says all that is wrong."""
     console.quiet_libraries(output)
-    problems, file = Problems(), SettingsFile()
+    problems, file = console.Problems(), SettingsFile()
     with problems.noted():
         import_rewards(request.imports)  # first, since the file may name what is in them
     with problems.noted():
@@ -239,7 +215,7 @@ def _winning(request: TrainRequest, file: SettingsFile) -> list[str]:
 
 
 def _reward(
-    request: TrainRequest, file: SettingsFile, model: str, problems: Problems, output: console.Output
+    request: TrainRequest, file: SettingsFile, model: str, problems: console.Problems, output: console.Output
 ) -> "Reward | None":
     """What was typed; else what the file says, which names no code and accepts no licence; else clip for emoji."""
     if request.reward is not None:

@@ -51,12 +51,22 @@ def score(request: ScoreRequest) -> None:
     the first frame is taken. A damaged file is named and left out; the exit code is then 1.
     """
     output = console.Output(quiet=request.quiet, json=request.json, stderr=request.csv == STDOUT)
-    text, device = _checked(request), find_device(request.device)
-    with console.waiting(output, f"loading reward {text}"):
-        reward = open_reward(text, request, output)
+    problems, reward, heads = console.Problems(), None, []
+    with problems.noted():
+        device = find_device(request.device)
+    with problems.noted():
+        _check(request)
+    with console.waiting(output, f"loading reward {request.reward or ''}"):
+        with problems.noted():
+            reward = open_reward(request.reward, request, output) if request.reward else None
+        from alignprop_pipe.prompts import PromptSet
         from alignprop_pipe.scoring import Found, find_pictures
 
-        heads = find_pictures(request.images)
+        with problems.noted():
+            heads = find_pictures(request.images)
+        with problems.noted():
+            PromptSet.load(request.prompts or [request.prompt or "any"])
+    problems.tell()
     tasks = _tasks([head for head in heads if isinstance(head, Found)], reward, request)
     outcome = Outcome(skipped=[head for head in heads if not isinstance(head, Found)])
     for one in outcome.skipped:
@@ -110,8 +120,8 @@ def _score_all(
         outcome.interrupted = True
 
 
-def _checked(request: ScoreRequest) -> str:
-    """The reward's text. Raises typer.BadParameter for flags that lack or do not go together."""
+def _check(request: ScoreRequest) -> None:
+    """Raises typer.BadParameter for flags that lack or do not go together."""
     wrong = typer.BadParameter
     if not request.reward:
         raise wrong(
@@ -126,7 +136,6 @@ def _checked(request: ScoreRequest) -> str:
         path = Path(request.csv).expanduser()
         if path.is_dir() or not path.parent.is_dir():
             raise wrong(f"{request.csv!r} cannot be a file: its folder has to be there", param_hint="--csv")
-    return request.reward
 
 
 def _tasks(found: "Sequence[Found]", reward: "Reward", request: ScoreRequest) -> "list[Task]":
