@@ -315,5 +315,6 @@ def _place(source: Any, called: str) -> tuple[str, str]:
 def _findable(module: str) -> str:
     """A module by its file, where it lies beside a script and is found from there alone; else by its name."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    installed = file is None or "site-packages" in file or "." in module
-    return module if installed else str(Path(file).absolute())
+    if file is None or "site-packages" in file or "." in module:
+        return module
+    return str(Path(file).absolute())

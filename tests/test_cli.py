@@ -200,7 +200,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         ),
         (
             ["sample", "a dog", "--adapter", "x.safetensors", "--window", "0.9-0.1", "--out", "/proc/x"],
-            ("0.9", "/proc"),
+            ("x.safetensors", "0.9", "/proc"),
         ),
         (
             ["score", "none.png", "--reward", "clipp", "--prompts", "none.txt", "--device", "gpu"],

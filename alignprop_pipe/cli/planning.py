@@ -204,7 +204,7 @@ def _winning(request: TrainRequest, file: SettingsFile) -> list[str]:
     """A line for each thing beside the settings that a flag decides against the file."""
     said = {"MODEL": (request.model, file.text("model")), "--reward": (request.reward, file.text("reward"))}
     prompts = file.data.get("prompts")
-    given = request.prompts or (request.prompt and f"{len(request.prompt)} prompts")
+    given = request.prompts or (f"{len(request.prompt)} prompts" if request.prompt else None)
     held = prompts if isinstance(prompts, str) else f"{len(prompts)} prompts" if isinstance(prompts, list) else ""
     said["--prompts"] = (given, held)
     return [

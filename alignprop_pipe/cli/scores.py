@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -51,7 +51,7 @@ def score(request: ScoreRequest) -> None:
     the first frame is taken. A damaged file is named and left out; the exit code is then 1.
     """
     output = console.Output(quiet=request.quiet, json=request.json, stderr=request.csv == STDOUT)
-    problems, reward, heads = console.Problems(), None, []
+    problems, heads, reward = console.Problems(), [], cast(Any, None)
     with problems.noted():
         device = find_device(request.device)
     with problems.noted():
