@@ -51,7 +51,7 @@ def score(request: ScoreRequest) -> None:
     the first frame is taken. A damaged file is named and left out; the exit code is then 1.
     """
     output = console.Output(quiet=request.quiet, json=request.json, stderr=request.csv == STDOUT)
-    problems, heads, reward = console.Problems(), [], cast(Any, None)
+    problems, heads, reward = console.Problems(), [], None
     with problems.noted():
         device = find_device(request.device)
     with problems.noted():
@@ -67,6 +67,7 @@ def score(request: ScoreRequest) -> None:
         with problems.noted():
             PromptSet.load(request.prompts or [request.prompt or "any"])
     problems.tell()
+    reward = cast("Reward", reward)
     tasks = _tasks([head for head in heads if isinstance(head, Found)], reward, request)
     outcome = Outcome(skipped=[head for head in heads if not isinstance(head, Found)])
     for one in outcome.skipped:
