@@ -35,6 +35,7 @@ from alignprop_pipe.errors import PromptError
 from alignprop_pipe.export_header import Base
 from alignprop_pipe.inspection import inspect_adapter
 from alignprop_pipe.licences import HUB
+from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change
 
 ALL, SOME = (pytest.mark.parametrize("text", texts) for texts in (hostile.ALL, hostile.SOME))
@@ -193,7 +194,7 @@ def test_headers_that_would_stop_a_push(header: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", map("".join, hostile.FAMILIES), ids=("markdown", "terminal", "rich", "shell", "python")
+    "text", list(map("".join, hostile.FAMILIES)), ids=("markdown", "terminal", "rich", "shell", "python")
 )
 def test_a_pushed_run_of_hostile_texts(text: str, tmp_path: Path) -> None:
     cards = []
@@ -306,7 +307,7 @@ def test_nothing_that_is_said_steers_the_terminal(text: str) -> None:
     output.table(text, (text, "x"), [(text, text)], footers=(text, ""))
     with console.waiting(output, f"loading {text}"):
         pass
-    with console.Progress(output, AlignConfig(), 2) as progress:
+    with console.Progress(output, AlignConfig(), PromptSet((text,) * 16).split(4, 0)) as progress:
         progress.doing(text)
         evidence = dataclasses.replace(look(0), judges={text.replace(".", ""): 0.5})
         progress.on_step(dataclasses.replace(record(0), evidence=evidence))
@@ -328,7 +329,7 @@ def test_errors_and_notes_do_not_steer_the_terminal(text: str, capsys: pytest.Ca
     for error in (PromptError(text), OSError(text), RuntimeError(text or "x")):
         with pytest.raises(Exception, match="."), console.translated(debug=True):
             raise error
-    console._Notes().emit(logging.LogRecord("alignprop_pipe", logging.WARNING, "", 1, "%s", (text,), None))
+    console._Notes(console.Output()).emit(logging.LogRecord("alignprop_pipe", logging.WARNING, "", 1, "%s", (text,), None))
     printed = capsys.readouterr()
     assert is_seen(printed.err)
     assert printed.out == ""
