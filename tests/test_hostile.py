@@ -329,7 +329,9 @@ def test_errors_and_notes_do_not_steer_the_terminal(text: str, capsys: pytest.Ca
     for error in (PromptError(text), OSError(text), RuntimeError(text or "x")):
         with pytest.raises(Exception, match="."), console.translated(debug=True):
             raise error
-    console._Notes(console.Output()).emit(logging.LogRecord("alignprop_pipe", logging.WARNING, "", 1, "%s", (text,), None))
+    console._Notes(console.Output()).emit(
+        logging.LogRecord("alignprop_pipe", logging.WARNING, "", 1, "%s", (text,), None)
+    )
     printed = capsys.readouterr()
     assert is_seen(printed.err)
     assert printed.out == ""
