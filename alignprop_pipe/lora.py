@@ -146,7 +146,7 @@ def forget_window(denoiser: nn.Module) -> None:
 
 @contextmanager
 def switched_back(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """After an error inside, the adapters beside ours are on or off as they were before."""
+    """After an error inside, the adapters that are still there are on or off as they were before."""
     layers = [layer for network in networks for layer in _adapted_layers(network)]
     were = [(layer, layer.disable_adapters, layer.active_adapters) for layer in layers]
     try:
@@ -154,7 +154,7 @@ def switched_back(networks: Iterable[nn.Module]) -> Iterator[None]:
     except BaseException:
         for layer, is_off, active in were:
             layer._disable_adapters = is_off
-            layer._active_adapter = [name for name in active if name != ADAPTER_NAME]
+            layer._active_adapter = [name for name in active if name in layer._get_available_adapters()]
         raise
 
 
