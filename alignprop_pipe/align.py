@@ -210,8 +210,10 @@ def start(
             still.enter_context(stock.frozen(network))
         check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
     base_pictures: list[Rendered] = []
+    encoded = EncodedPrompts()
     if not all(one.is_calibrated for one in (reward, *judges)):
-        drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs)
+        with encoded.used_by(pipe):
+            drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs)
         with SeededDraws.after(generator_for("hidden", config.seed)):
             reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
         config = config.replace(judges=tuple(str(judge) for judge in judges))
@@ -230,7 +232,7 @@ def start(
     return Training(
         pipe, reward, judges, split, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler,
         good=Snapshot(0, lora.snapshot(denoisers)), base_pictures=base_pictures,
-        followed=followed_words(config, judges),
+        encoded=encoded, followed=followed_words(config, judges),
     )  # fmt: skip
 
 

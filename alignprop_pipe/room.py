@@ -24,7 +24,7 @@ from alignprop_pipe.choices import KeepSteps, RecomputeNone
 from alignprop_pipe.config import AlignConfig, SamplingOptions
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.rollout import autograd_on
-from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.seeds import SeededDraws, generator_for
 from alignprop_pipe.truncation import most_graded_steps
 
 SIZES = (64, 128)
@@ -181,7 +181,7 @@ def _measured(pipe: DiffusionPipeline, sampling: SamplingOptions, call_kwargs: M
     small = replace(sampling, height=side, width=side, num_inference_steps=steps)
     arguments = stock.call_arguments(pipe, ["a picture"], small, [generator_for("noise", 0)], call_kwargs)
     largest, kept = _Largest(), {"denoiser": 0, "decoder": 0}
-    with autograd_on(), _quiet(pipe), stock.frozen_for_training(pipe, []), _counting(pipe, kept), largest:
+    with autograd_on(), _quiet(pipe), stock.frozen_for_training(pipe), _counting(pipe, kept), SeededDraws(0), largest:
         stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
     return Use(**kept, operation=largest.bytes)
 

@@ -59,10 +59,20 @@ def test_each_prompt_is_read_once():
     assert "forward" not in vars(pipe.text_encoder)
 
 
-def test_a_run_reads_each_prompt_once():
+@pytest.mark.parametrize("reward", ["brightness", "zscore(brightness)"])
+def test_a_run_reads_each_prompt_once(reward):
     pipe = aligning.aligned()
     with counted(pipe) as calls:
-        aligning.align(pipe, steps=4, gradient_accumulation_steps=2, batch_size=2, eval_prompts=2, eval_every=1)
+        aligning.align(
+            pipe,
+            reward,
+            steps=4,
+            gradient_accumulation_steps=2,
+            batch_size=2,
+            eval_prompts=2,
+            eval_every=1,
+            eval_batch_size=2,
+        )
     assert calls == {"text_encoder": len(aligning.PROMPTS)}
 
 
