@@ -387,11 +387,14 @@ def test_the_judge_that_is_followed_is_named_and_one_that_is_not_there_refused(m
     assert "loading" not in refused.output  # of the last one: before anything is loaded
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_with_128_and_its_number_and_everything_saved(number: int, model: Path, place: Path) -> None:
     arguments = [*SMALL, "--steps", "10000", "--prompts", "prompts.txt", "--out", "out"]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": place}
@@ -444,7 +447,7 @@ os.execv({sys.executable!r}, {list(map(str, arguments))!r})"""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS[1:])
 def test_a_signal_is_heard_where_ctrl_c_is_ignored(number: int) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -348,6 +347,7 @@ def test_a_folder_that_vanishes_loses_no_adapter(when: int, monkeypatch: pytest.
 
 def test_a_full_disk_at_the_end_leaves_the_adapter_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No file may grow beyond what the records take: the adapter fits nowhere."""
+    resource = pytest.importorskip("resource")  # which Windows has not
     monkeypatch.chdir(tmp_path)
     pipe = aligned()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
