@@ -29,6 +29,7 @@ from alignprop_pipe.records import Evidence, Images, PromptBatch, Rollout, Score
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.combine import calibrate
 from alignprop_pipe.rewards.guard import check_reward
+from alignprop_pipe.rewards.network import check_sources
 from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rollout import autograd_on, rollout
 from alignprop_pipe.seeds import SeededDraws, generator_for
@@ -200,7 +201,7 @@ def start(
     device = stock.device_of(pipe)
     split = prompts.split(config.evaluation.eval_prompts, config.seed)
     # A configuration that was read from a file has been searched for code by then.
-    judges = [parse_reward(text, allow_code=True).to(device) for text in config.evaluation.judges]
+    judges = [check_sources(parse_reward(text, allow_code=True)).to(device) for text in config.evaluation.judges]
     followed = followed_judge(config.evaluation.keep_best, judges)
     reward = reward.to(device)
     sample = split.train.batch(config.seed, 0, 2)

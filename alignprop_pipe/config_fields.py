@@ -11,6 +11,9 @@ from typing import Any, Literal
 from alignprop_pipe.choices import as_float, is_whole
 from alignprop_pipe.errors import ConfigError
 
+LARGEST = 2**63 - 1
+"""Of whole numbers without another limit: what they are reckoned with knows no more."""
+
 
 def option(
     default: Any,
@@ -86,10 +89,13 @@ def check(name: str, spec: dataclasses.Field, value: Any) -> None:
 
 def _check_range(name: str, limits: Mapping[str, Any], number: float) -> None:
     low, high, above = limits["low"], limits["high"], limits["above"]
+    if isinstance(number, int) and high is None and number > LARGEST:
+        high = LARGEST
     finite = isinstance(number, int) or math.isfinite(number)
     if finite and (low is None or number >= low) and (above is None or number > above):
         if high is None or number <= high:
             return
     bounds = [f">= {low}" if low is not None else "", f"> {above}" if above is not None else ""]
     bounds.append(f"<= {high}" if high is not None else "")
-    raise ConfigError(f"{name} = {number!r}: a finite number {' and '.join(filter(None, bounds))} is needed")
+    shown = "a number of thousands of digits" if isinstance(number, int) and abs(number) > 10**99 else repr(number)
+    raise ConfigError(f"{name} = {shown}: a finite number {' and '.join(filter(None, bounds))} is needed")

@@ -29,7 +29,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor
 
-from alignprop_pipe import effects, export, lora, repeating, room, stock, windows
+from alignprop_pipe import effects, export, lora, repeating, room, run_facts, stock, windows
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.align import Training, start, steps_of, usable_denoisers
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
@@ -40,6 +40,7 @@ from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
 from alignprop_pipe.rewards.base import Reward, members
+from alignprop_pipe.rewards.network import check_sources
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import CONFIG, RunFolder, check_place
@@ -367,7 +368,11 @@ def read_together(reward: Any, prompts: Any, out: str | Path | None) -> tuple[Re
     """
     problems: list[AlignError] = []
     found: list[Any] = []
-    checks = (lambda: out is None or check_place(out), lambda: PromptSet.load(prompts), lambda: as_reward(reward))
+    checks = (
+        lambda: out is None or check_place(out),
+        lambda: PromptSet.load(prompts),
+        lambda: check_sources(as_reward(reward)),
+    )
     for check in checks:
         try:
             found.append(check())
@@ -425,7 +430,7 @@ def open_run(state: Training, out: str | Path, reward: Reward, given: Any, promp
     command, unnamed = repeating.repeat_command(run.path / CONFIG, state.reward, state.judges, lacking)
     lacking |= {"reward": unnamed} if unnamed and not lacking else {}
     run.tell(
-        format=repeating.FORMAT, command=command or f"cannot be repeated by a command: {unnamed}", pipeline=facts,
+        format=run_facts.FORMAT, command=command or f"cannot be repeated by a command: {unnamed}", pipeline=facts,
         not_repeatable=lacking, working_folder=str(Path.cwd()), device=device_name(pipe.device), **drawn,
     )  # fmt: skip
     return run

@@ -1,6 +1,6 @@
 """What a run folder's `config.json` says beside the settings, so that the run can be repeated from it; and back again.
 
-The format is that of `describe`, `prompt_facts` and `repeat_command`; `FORMAT` counts its changes. What no file can
+The format is that of `describe`, `prompt_facts` and `repeat_command`; `run_facts` lists it. What no file can
 hold, such as a picture that was an argument of the call, is described, and said under "not_repeatable": then no
 command repeats the run, and none is given. A file is data: no class outside diffusers is made, and nothing is run.
 """
@@ -31,11 +31,13 @@ from alignprop_pipe.rewards.python import PythonReward, reference
 from alignprop_pipe.rewards.registry import REGISTRY
 from alignprop_pipe.sources import exists, on_hub
 
-FORMAT = 1
 TUPLE, TABLE, DESCRIBED = "tuple", "table", "described"
 """Keys of the one-entry tables that stand for what JSON does not know."""
 
 OWN = "alignprop_pipe."
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+MOST = 1_000_000
+"""Of steps, and of whatever else a scheduler counts: it makes tables of that length."""
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------
@@ -82,12 +84,12 @@ def applied(pipe: DiffusionPipeline, facts: Mapping[str, Any]) -> DiffusionPipel
     if kind != type(pipe).__name__:
         pipe = _known(kind, DiffusionPipeline).from_pipe(pipe)
     for name, part in stock.components(pipe).items():
-        dtype = _dtype(facts.get("dtype", {}).get(name))
+        dtype = _dtype((facts.get("dtype") or {}).get(name))
         if dtype is not None and _dtype_of(part) != facts["dtype"][name]:
             part.to(dtype)
     wanted = facts.get("scheduler") or {}
     if wanted:
-        scheduler: Any = _known(wanted.get("class"), SchedulerMixin).from_config(dict(wanted.get("config") or {}))
+        scheduler = _scheduler(_known(wanted.get("class"), SchedulerMixin), wanted.get("config") or {})
         now = stock.scheduler(pipe)
         if type(scheduler) is not type(now) or _config_of(scheduler) != _config_of(now):
             stock.painting(pipe).scheduler = scheduler
@@ -100,8 +102,13 @@ def call_of(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def one_dtype(facts: Mapping[str, Any]) -> str | None:
-    """The number format to load a model in: that of all its networks, or float32 where they differ."""
-    named = {name for name in (facts.get("dtype") or {}).values() if _dtype(name) is not None}
+    """The number format to load a model in: that of all its networks, or float32 where they differ.
+
+    Raises ConfigError for one that is not known.
+    """
+    named = set((facts.get("dtype") or {}).values()) - {"", None}
+    if unknown := sorted(named - set(DTYPES)):
+        raise ConfigError(f"pipeline.dtype holds {unknown[0]!r}: one of {', '.join(DTYPES)} is needed")
     return (named.pop() if len(named) == 1 else "float32") if named else None
 
 
@@ -134,16 +141,20 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(name: str, value: Any) -> Any:
-    """The inverse of `encoded`. Raises ConfigError for a description."""
-    if isinstance(value, list):
-        return [decoded(name, one) for one in value]
-    if not isinstance(value, Mapping):
-        return value
-    if isinstance(value.get(TUPLE), list):
-        return tuple(decoded(name, one) for one in value[TUPLE])
-    if isinstance(value.get(TABLE), Mapping):
-        return {key: decoded(name, one) for key, one in value[TABLE].items()}
-    raise ConfigError(f"the argument {name!r} of the pipeline's call was {_is_described(value)}: it cannot be read")
+    """The inverse of `encoded`; `name` says whose value it is. Raises ConfigError for what `encoded` does not write."""
+    try:
+        if isinstance(value, list):
+            return [decoded(name, one) for one in value]
+        if not isinstance(value, Mapping):
+            return value
+        if isinstance(value.get(TUPLE), list):
+            return tuple(decoded(name, one) for one in value[TUPLE])
+        if isinstance(value.get(TABLE), Mapping):
+            return {key: decoded(name, one) for key, one in value[TABLE].items()}
+    except RecursionError as error:
+        raise ConfigError(f"{name!r} of the run is too deep to be read") from error
+    said = f"was {_is_described(value)}, which no text can hold" if _is_described(value) else "cannot be read"
+    raise ConfigError(f"{name!r} of the run {said}")
 
 
 def _is_described(value: Any) -> str:
@@ -162,6 +173,19 @@ def _known(name: Any, base: type) -> Any:
     return found
 
 
+def _scheduler(kind: Any, config: Mapping[str, Any]) -> Any:
+    """Raises ConfigError for a configuration that the class does not take."""
+    try:
+        if large := [name for name, value in config.items() if isinstance(value, int) and value > MOST]:
+            raise ValueError(f"{large[0]} is more than {MOST:,}")
+        return kind.from_config(dict(config))
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"the run's {kind.__name__} cannot be made from pipeline.scheduler.config: {reason}"
+        ) from error
+
+
 def _config_of(scheduler: Any) -> dict[str, Any]:
     """Its configuration as plain values, without the versions that wrote it."""
     said = json.loads(scheduler.to_json_string())
@@ -174,7 +198,7 @@ def _dtype_of(part: nn.Module) -> str:
 
 
 def _dtype(name: Any) -> torch.dtype | None:
-    return getattr(torch, name) if name in ("float32", "float16", "bfloat16", "float64") else None
+    return getattr(torch, name) if name in DTYPES else None
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -199,13 +223,13 @@ def prompts_of(about: Mapping[str, Any], folders: Sequence[Path] = ()) -> tuple[
     What the run drew counts, also where its file has changed since. Raises PromptError.
     """
     given, held = about.get("prompts"), about.get("prompt_set")
-    if isinstance(given, str) and not isinstance(held, Mapping):
+    if isinstance(given, str) and not held:
         return given, ""
-    listed = held.get("prompts") if isinstance(held, Mapping) else given
+    listed = held.get("prompts") if held else given
     if not isinstance(listed, list):
         raise PromptError("the run's file holds no prompts: give --prompts")
-    targets = held.get("targets") if isinstance(held, Mapping) else None
-    columns = {name: tuple(decoded(name, one) for one in column) for name, column in (targets or {}).items()}
+    targets = held.get("targets") or {} if held else {}
+    columns = {name: tuple(decoded(name, one) for one in column or ()) for name, column in targets.items()}
     found = PromptSet(tuple(listed), columns)
     if not isinstance(given, str):
         return found, ""

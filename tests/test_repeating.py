@@ -21,6 +21,7 @@ from alignprop_pipe import AlignPropPipeline, repeating
 from alignprop_pipe.cli.app import app
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError
+from alignprop_pipe.rewards import registry
 
 ROOT = Path(__file__).parents[1]
 MIXED = "zscore(brightness) + 0.5*zscore(jpeg)"
@@ -39,6 +40,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    monkeypatch.setattr(repeating, "REGISTRY", registry.REGISTRY)
     return tmp_path
 
 

@@ -180,7 +180,7 @@ def test_a_missing_model_says_what_to_do():
 
 
 def test_a_name_that_can_be_no_id_says_what_to_do():
-    with pytest.raises(RewardError, match="Check the spelling"):
+    with pytest.raises(RewardError, match="there is no file or folder './no/such/folder at all' here"):
         score("./no/such/folder at all")
 
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from alignprop_pipe import Adapter, AlignPropPipeline
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.errors import AlignError, HubError, PipelineError
+from alignprop_pipe.errors import AlignError, HubError, PipelineError, RewardError
 from alignprop_pipe.inspection import inspect_adapter
 from alignprop_pipe.mixing import mix
+from alignprop_pipe.rewards.weights import place_of
 from alignprop_pipe.sources import HubName, hub_hint, on_hub
 
 NAMES = ["me/cute-animals", "me/x.y-z_1", "modelscope/sdxl", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a1/b2"]
@@ -123,6 +124,52 @@ def test_a_mistyped_path_is_told_without_the_network_on_the_command_line(words: 
     assert "a socket" not in result.output
     if words[0] != "push":  # which takes what is here
         assert "hf://" in result.output
+
+
+SCORERS = [
+    "clip(model={0})", "pickscore(model={0})", "hpsv2.1(model={0})", "hpsv2(processor={0})", "aesthetic(model={0})",
+    "aesthetic(trunk={0})", "aesthetic2.5(model={0}, accept_license=True)", "imagereward(model={0})",
+    "imagereward(tokenizer={0})", "ask('is it?', model={0})", "count('dog', 2, model={0})", "without('dog', model={0})",
+    "emoji_judge(model={0})", "tv + 2*min(zscore(clip(model={0})), jpeg)",
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("place", "no_network")
+@pytest.mark.parametrize("text", SCORERS)
+def test_a_scorer_s_mistyped_path_is_told_before_anything_is_loaded(text: str) -> None:
+    pipe = AlignPropPipeline.from_pipe(miniatures.sd15())
+    for source, way_out in (("models/x", "hf://models/x"), ("./x", ""), ("project/x", "hf://"), ("hf://x", "hf://me/")):
+        with pytest.raises(RewardError, match=rf"{source}.*{way_out}"):
+            pipe.align(text.format(repr(source)), ["a dog"], steps=1, num_inference_steps=2)
+        result = CliRunner().invoke(
+            app, ["train", "--prompt", "a", "--accept-license", "--reward", text.format(repr(source)), "--out", "out"]
+        )
+        assert result.exit_code == 2, result.output
+        assert source in result.output
+    with pytest.raises(RewardError, match="hf://models/x"):
+        pipe.align("tv", ["a dog"], judges=(text.format("'models/x'"),), steps=1, num_inference_steps=2)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("source", "revision", "place_on_hub"),
+    [
+        ("me/x", None, ("me/x", None)),
+        ("me/x", "v1", ("me/x", "v1")),
+        ("hf://models/x", None, ("models/x", None)),
+        ("hf://models/x@v1", None, ("models/x", "v1")),
+        ("hf://models/x@v1", "v1", ("models/x", "v1")),
+        ("openai/clip-vit-large-patch14", None, ("openai/clip-vit-large-patch14", None)),
+    ],
+)
+def test_a_scorer_on_the_hub(source: str, revision: str | None, place_on_hub: tuple[str, str | None]) -> None:
+    Path("openai").mkdir()  # a folder like this was never meant: the reward names the model itself
+    assert place_of(source, revision) == place_on_hub
+
+
+def test_two_revisions_are_refused() -> None:
+    with pytest.raises(RewardError, match="two revisions"):
+        place_of("hf://me/x@v1", "v2")
 
 
 def test_a_model_from_the_hub_by_its_hf_name(

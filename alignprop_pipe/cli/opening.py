@@ -65,10 +65,11 @@ def open_reward(
 ) -> "Reward":
     """Run what `--import` names, then read the expression. Raises RewardError."""
     quiet_libraries(output)
+    from alignprop_pipe.rewards.network import check_sources
     from alignprop_pipe.rewards.registry import parse_reward
 
     import_rewards(request.imports)
-    return parse_reward(text, accept_license=request.accept_license, allow_code=allow_code)
+    return check_sources(parse_reward(text, accept_license=request.accept_license, allow_code=allow_code))
 
 
 def import_rewards(places: Sequence[str] | None) -> None:

@@ -18,6 +18,7 @@ from alignprop_pipe.cli.opening import check_model, find_device, import_rewards,
 from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
 from alignprop_pipe.errors import ConfigError, RewardError
+from alignprop_pipe.run_facts import NAMED, check_run, check_types
 from alignprop_pipe.sources import exists
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from alignprop_pipe.trackers import Trackers
 
 ACCEPTED = re.compile(r"accept_license\s*=\s*True")
-BESIDE = ("model", "reward", "prompts")
-"""What a settings file may hold beside the settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +65,19 @@ class SettingsFile:
         if not isinstance(data, Mapping):
             raise ConfigError(f"configuration file {str(path)!r}: a table of settings is needed")
         made = cls(path, data)
-        if made.is_run and int(data.get("format", 1)) > 1:
-            raise ConfigError(f"{str(path)!r} was written by a newer version of alignprop-pipe: install that one")
+        try:
+            check_run(data) if made.is_run else check_types(data, NAMED)
+        except ConfigError as error:
+            raise ConfigError(f"configuration file {str(path)!r}: {error}") from error
         return made
 
     @property
     def is_run(self) -> bool:
-        return isinstance(self.data.get("config"), Mapping)
+        return "config" in self.data
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return self.data["config"] if self.is_run else {k: v for k, v in self.data.items() if k not in BESIDE}
+        return self.data["config"] if self.is_run else {k: v for k, v in self.data.items() if k not in NAMED}
 
     @property
     def names(self) -> set[str]:
@@ -87,13 +88,11 @@ class SettingsFile:
         return {*self.settings, *inside} & set(FIELD_PATHS)
 
     def text(self, name: str) -> str:
-        found = self.data.get(name)
-        return found if isinstance(found, str) else ""
+        return self.data.get(name) or ""
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
-        found = self.data.get("pipeline") if self.is_run else None
-        return found if isinstance(found, Mapping) else {}
+        return (self.is_run and self.data.get("pipeline")) or {}
 
     @property
     def folders(self) -> list[Path]:
@@ -163,7 +162,7 @@ def open_planned(plan: Plan, output: console.Output) -> "AlignPropPipeline":
     from alignprop_pipe.pipeline import AlignPropPipeline
 
     source = plan.facts.get("source") or {}
-    variant = {"variant": source["variant"]} if isinstance(source.get("variant"), str) else {}
+    variant = {"variant": source["variant"]} if source.get("variant") else {}
     pipe: Any = open_pipeline(plan.model, plan.request, output, **variant)
     facts = plan.facts if plan.request.dtype in (None, repeating.one_dtype(plan.facts)) else {**plan.facts, "dtype": {}}
     pipe = AlignPropPipeline.from_pipe(repeating.applied(pipe, facts)) if facts else pipe
@@ -309,12 +308,11 @@ def _computing(request: TrainRequest, facts: Mapping[str, Any], notes: list[str]
 
 def _not_repeatable(request: TrainRequest, file: SettingsFile, facts: Mapping[str, Any]) -> list[str]:
     """What the run had that no file can hold, and that no flag gives."""
-    found = file.data.get("not_repeatable") if file.is_run else None
+    found = (file.is_run and file.data.get("not_repeatable")) or {}
     given = {
         "reward": request.reward,
         "prompts": request.prompts or request.prompt,
         "model": request.model,
         "pipeline": not facts,
     }
-    listed = found.items() if isinstance(found, Mapping) else ()
-    return [f"{file.path} cannot repeat its run: {why}" for subject, why in listed if not given.get(subject)]
+    return [f"{file.path} cannot repeat its run: {why}" for subject, why in found.items() if not given.get(subject)]

@@ -73,6 +73,7 @@ class Aesthetic(NetworkReward):
     """
 
     name = "aesthetic"
+    sources = ("model", "trunk")
     reads_prompts = False
     families: tuple[str, ...] = ("clip",)
     part = "layers"
@@ -155,14 +156,14 @@ class Aesthetic25(Aesthetic):
             raise RewardError(V2_5_NOTICE)
         super().__init__(model, revision, trunk, dtype, offload)
 
-    def load(self) -> nn.Module:
+    def check_sources(self) -> None:
         if self.model == V2_5_FILE and not Path(self.model).exists():
             raise RewardError(
                 f"{V2_5_FILE} is not in this folder, and it is not on the Hugging Face Hub. Get models/{V2_5_FILE} "
                 "(2.6 MB) from the GitHub repository discus0434/aesthetic-predictor-v2-5, and give its path as model. "
                 + self._needs()
             )
-        return super().load()
+        super().check_sources()
 
 
 def linear_head(tensors: Mapping[str, Tensor], part: str, source: str) -> LinearHead:

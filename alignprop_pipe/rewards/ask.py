@@ -18,7 +18,7 @@ from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.network import NetworkReward
 from alignprop_pipe.rewards.preprocess import Preprocess
-from alignprop_pipe.rewards.pretrained import load_network, load_preprocessor_config, load_tokenizer, not_loaded
+from alignprop_pipe.rewards.pretrained import load_config, load_network, load_preprocessor_config, load_tokenizer
 
 MODEL = "Salesforce/blip-vqa-base"
 
@@ -42,6 +42,7 @@ class Ask(NetworkReward):
     """
 
     name = "ask"
+    sources = ("model",)
 
     def __init__(
         self,
@@ -76,13 +77,7 @@ class Ask(NetworkReward):
                     f"the tokenizer in {self.model!r} does not know all of the answer {answer!r}: use other words, or "
                     "get its files again from where the model came"
                 )
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                source, revision=self.revision or "main", trust_remote_code=False
-            )
-        except Exception as error:
-            raise not_loaded(source, error) from error
-        family = config.model_type
+        family = load_config(source, self.revision).model_type
         if family not in _FAMILIES:
             known = ", ".join(kind for kind, _ in _FAMILIES.values())
             raise RewardError(f"{self.model!r} is a {family!r} model; ask can ask: {known}")

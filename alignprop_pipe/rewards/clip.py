@@ -69,6 +69,7 @@ class ClipScore(TwoTowers):
     """
 
     name = "clip"
+    sources = ("model",)
 
     def __init__(
         self,

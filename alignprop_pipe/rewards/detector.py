@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images
 from alignprop_pipe.rewards.preprocess import Preprocess, Resized, resize
-from alignprop_pipe.rewards.pretrained import load_network, load_preprocessor_config, load_tokenizer, not_loaded
+from alignprop_pipe.rewards.pretrained import load_config, load_network, load_preprocessor_config, load_tokenizer
 from alignprop_pipe.rewards.wanted import known_name
 
 QUERY = "a photo of a {}"
@@ -142,10 +142,7 @@ def load_detector(source: str, revision: str | None = None, template: str | None
     """The detector in a transformers folder or on the Hub, frozen, on the CPU. Raises RewardError."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:
-        raise not_loaded(source, error) from error
+    config = load_config(source, revision)
     if config.model_type not in THRESHOLDS:
         raise RewardError(
             f"{source!r} is a model of the type {config.model_type!r}; a detector is needed: OWLv2, such as "

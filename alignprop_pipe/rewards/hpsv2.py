@@ -13,7 +13,7 @@ from alignprop_pipe.errors import RewardError
 from alignprop_pipe.rewards.clip import TwoTowers
 from alignprop_pipe.rewards.open_clip import clip_names
 from alignprop_pipe.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from alignprop_pipe.rewards.pretrained import load_tokenizer, not_loaded
+from alignprop_pipe.rewards.pretrained import load_config, load_tokenizer
 from alignprop_pipe.rewards.weights import check_fit, load_tensors, locate
 
 _PROCESSOR_FILES = "config.json tokenizer_config.json tokenizer.json special_tokens_map.json vocab.json merges.txt"
@@ -34,6 +34,7 @@ class HpsV2(TwoTowers):
     """
 
     name = "hpsv2"
+    sources = ("model", "processor")
     file = "HPS_v2_compressed.pt"
 
     def __init__(
@@ -92,12 +93,7 @@ class HpsV21(HpsV2):
 
 def clip_config(source: str) -> Any:
     """The sizes of a CLIPModel, from config.json. Raises RewardError."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise not_loaded(source, error) from error
+    config = load_config(source)
     if config.model_type != "clip":
         raise RewardError(f"config.json of {source!r} describes a {config.model_type!r} model; a CLIPModel is needed")
     return config

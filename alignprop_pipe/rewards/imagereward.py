@@ -61,6 +61,7 @@ class ImageReward(NetworkReward):
     """
 
     name = "imagereward"
+    sources = ("model", "tokenizer")
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class AttributeJudge(NetworkReward):
     """
 
     name = "emoji_judge"
+    sources = ("model",)
     trainable = False
     reads_prompts = False
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
-from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.base import Reward, members
+from alignprop_pipe.rewards.weights import place_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,6 +29,9 @@ class NetworkReward(Reward):
             is then computed at once, so that neither network nor activations wait for the backward pass.
     """
 
+    sources: tuple[str, ...] = ()
+    """The arguments that name folders, files or repositories on the Hub: looked at before anything is loaded."""
+
     def __init__(
         self, model: str | Path, revision: str | None = None, dtype: str = "float32", offload: bool = False
     ) -> None:
@@ -35,6 +39,12 @@ class NetworkReward(Reward):
             raise RewardError(f"{self.name}(dtype={dtype!r}): one of {', '.join(DTYPES)} is needed")
         self.model, self.revision, self.dtype, self.offload = str(model), revision, dtype, offload
         self._network: Any = None
+
+    def check_sources(self) -> None:
+        """Raises RewardError for a source that is neither here nor a name on the Hub, as far as it can be told here."""
+        for name in self.sources:
+            if (given := getattr(self, name)) not in (None, "emoji"):
+                place_of(given)
 
     def load(self) -> nn.Module:
         """The network, frozen, on the CPU. Called once, before the first score. Raises RewardError."""
@@ -63,6 +73,7 @@ class NetworkReward(Reward):
     def network_for(self, images: Tensor) -> Any:
         """The network on the device of the images, in the number format for them."""
         if self._network is None or not usable(self._network):
+            self.check_sources()
             self._network = self.load().eval().requires_grad_(False)
         dtype = torch.float64 if images.dtype == torch.float64 else DTYPES[self.dtype]
         return self._network.to(images.device, dtype)
@@ -70,6 +81,14 @@ class NetworkReward(Reward):
     def to(self, device: torch.device | str) -> "Reward":
         """Move the network, if it is loaded, unless it is offloaded."""
         return self if self.offload else super().to(device)
+
+
+def check_sources(reward: Reward) -> Reward:
+    """The reward; raises RewardError for a scorer in it whose weights are nowhere, before anything is loaded."""
+    for member in members(reward):
+        if isinstance(member, NetworkReward):
+            member.check_sources()
+    return reward
 
 
 def usable(network: nn.Module) -> bool:

@@ -84,6 +84,8 @@ class ObjectReward(NetworkReward):
     threshold, of all names together, and 1.0 or 0.0 for a picture that is right by that measure.
     """
 
+    sources = ("model",)
+
     def __init__(
         self,
         model: str | Path = "emoji",

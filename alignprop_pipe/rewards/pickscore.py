@@ -23,6 +23,7 @@ class PickScore(TwoTowers):
     """
 
     name = "pickscore"
+    sources = ("model",)
 
     def __init__(
         self,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_pipe.errors import RewardError
+from alignprop_pipe.rewards.weights import place_of
 
 
 def load_network(kind: Any, source: str, revision: str | None = None) -> Any:
     """`kind.from_pretrained`, frozen and in eval mode. Raises RewardError; weights that are missing are an error."""
+    source, revision = place_of(source, revision)
     try:
         network, info = kind.from_pretrained(
             source,
@@ -39,6 +41,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer of a text model. Raises RewardError."""
     from transformers import AutoTokenizer
 
+    source, revision = place_of(source, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
         # Without its files transformers makes an empty one, to which all texts are the same.
@@ -57,8 +60,20 @@ def load_preprocessor_config(source: str, revision: str | None = None) -> dict[s
     """What preprocessor_config.json says. Raises RewardError."""
     from transformers import ImageProcessingMixin
 
+    source, revision = place_of(source, revision)
     try:
         return dict(ImageProcessingMixin.get_image_processor_dict(source, revision=revision or "main")[0])
+    except Exception as error:
+        raise not_loaded(source, error) from error
+
+
+def load_config(source: str, revision: str | None = None) -> Any:
+    """What config.json says, as transformers' class for that kind of model. Raises RewardError."""
+    from transformers import AutoConfig
+
+    source, revision = place_of(source, revision)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         raise not_loaded(source, error) from error
 

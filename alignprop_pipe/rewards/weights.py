@@ -6,6 +6,7 @@ Pickle files are read by torch's weights-only reader, which runs no code, and ke
 import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignprop_pipe.errors import RewardError
+from alignprop_pipe.errors import HubError, RewardError
+from alignprop_pipe.rewards.entries import ENTRIES
+from alignprop_pipe.sources import exists, hub_hint, on_hub
+
+OURS = frozenset(name for entry in ENTRIES for name, _ in entry.weights)
+"""Repositories that the rewards name themselves: no folder here was meant, whatever it is called."""
+
+
+def place_of(source: str, revision: str | None = None) -> tuple[str, str | None]:
+    """A folder or file here, or a repository on the Hub and the revision there: `hf://me/name@v1` is ("me/name", "v1").
+
+    Raises RewardError for what is neither, without asking the Hub.
+    """
+    if source.startswith("~"):
+        with suppress(RuntimeError):  # of somebody who is not known here
+            source = str(Path(source).expanduser())
+    if exists(source) or source in OURS:
+        return source, revision
+    try:
+        there = on_hub(source)
+    except HubError as error:
+        raise RewardError(str(error)) from error
+    if there is None:
+        raise RewardError(f"there is no file or folder {source!r} here{hub_hint(source)}")
+    if revision and there.revision and revision != there.revision:
+        raise RewardError(f"{source!r} and revision={revision!r} name two revisions: leave one of them out")
+    return there.repo_id, revision or there.revision
 
 
 def locate(source: str, names: Sequence[str], revision: str | None = None) -> Path:
@@ -24,7 +51,8 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
 
     Raises RewardError that lists the files and where to put them.
     """
-    path = Path(source).expanduser()
+    source, revision = place_of(source, revision)
+    path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
