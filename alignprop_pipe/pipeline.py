@@ -577,27 +577,30 @@ def write_down(run: RunFolder, result: AlignResult) -> None:
 def give_up(session: Session, error: BaseException) -> None:
     """After an error: save what was learned, put it on the error, and take the adapter off the pipeline.
 
-    An error of writing leaves the adapter on, and it is written to another place where need be.
+    An error of writing leaves the adapter on, and it is written to another place where need be. An interrupt leaves it
+    on too: it comes when the end is being saved, here or before, which may so be on no disk.
     """
     is_writing = isinstance(error, RunError) and session.steps > 0
+    stays_on = session.steps > 0 and isinstance(error, RunError | KeyboardInterrupt)
     try:
         if not session.steps:
             return
         interrupted = isinstance(error, KeyboardInterrupt)
         how = "interrupted while it was saved" if interrupted else f"failed: {error or type(error).__name__}"
-        result = result_of(session, how, interrupted=interrupted)
+        result = vars(error)["result"] = result_of(session, how, interrupted=interrupted)
         if session.run is not None:
             try:
                 write_down(session.run, result)
-            except RunError as second:
-                error = error if isinstance(error, AlignError) else second
-                result = rescued(result)
-        if isinstance(error, AlignError):
-            error.result = result
-            if is_writing:
-                error.args = (f"{error}. {where_it_is(result)}",)
+            except RunError:
+                result = vars(error)["result"] = rescued(result)
+        if is_writing:
+            error.args = (f"{error}. {where_it_is(result)}",)
+    except KeyboardInterrupt as again:
+        stays_on = session.steps > 0
+        vars(again)["result"] = vars(error).get("result")
+        raise
     finally:
-        if not is_writing:
+        if not stays_on:
             lora.detach(stock.denoisers(session.pipe))
 
 

@@ -13,7 +13,7 @@ import torch
 from aligning import adapter, align, aligned, is_stock, same
 from torch import Tensor
 
-from alignprop_pipe import Adapter, runs
+from alignprop_pipe import Adapter, pipeline, runs
 from alignprop_pipe.errors import PipelineError, RewardValueError, RunError, TrainingDiverged
 from alignprop_pipe.records import Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
@@ -171,6 +171,30 @@ def test_a_second_stop_during_the_last_look_ends_at_once_with_what_is_there(tmp_
         assert same(adapter(pipe), seen[3])
         assert Adapter.load(out).keys() == result.adapter.keys()
         assert status(out) == "interrupted after 3 of 9 steps"
+
+
+@pytest.mark.parametrize("first", [KeyboardInterrupt, ZeroDivisionError])
+def test_stops_while_the_end_is_saved_leave_the_adapter_on_the_pipeline(
+    first: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first error may come while the end is saved; the second comes while that error's end is saved."""
+    pipe, seen, written = aligned(), {}, []
+
+    def interrupted(*_: Any) -> None:
+        written.append(1)
+        raise first if len(written) == 1 and first is KeyboardInterrupt else KeyboardInterrupt
+
+    def on_step(record: StepRecord) -> None:
+        seen[record.step] = adapter(pipe)
+        if record.step == 2 and first is ZeroDivisionError:
+            raise first
+
+    monkeypatch.setattr(pipeline, "write_down", interrupted)
+    with pytest.raises(KeyboardInterrupt) as told:
+        align(pipe, steps=2, out=tmp_path / "run", on_step=on_step)
+    assert len(written) == (2 if first is KeyboardInterrupt else 1)
+    assert same(adapter(pipe), seen[2])
+    assert vars(told.value)["result"].adapter == Adapter.of(pipe)
 
 
 def test_a_look_at_another_adapter_is_not_called_after() -> None:
@@ -388,8 +412,9 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_adapter(tmp_path: Pat
 
 def test_an_error_of_the_users_own_leaves_the_stock_pipeline_and_the_saved_adapter(tmp_path: Path) -> None:
     pipe = aligned()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as told:
         align(pipe, steps=5, out=tmp_path / "run", on_step=at_step(2, lambda: 1 / 0))
     assert is_stock(pipe)
+    assert vars(told.value)["result"].adapter == Adapter.load(tmp_path / "run")
     assert status(tmp_path / "run") == "failed: division by zero"
     assert len(Adapter.load(tmp_path / "run")) > 0
