@@ -22,15 +22,13 @@ from alignprop_pipe import lora, states, stock
 from alignprop_pipe.choices import Hinge
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardValueError, TrainingDiverged
-from alignprop_pipe.evidence import Rendered, assess, followed_judge, followed_words, render
+from alignprop_pipe.evidence import Rendered, assess, followed_judge, followed_words, judges_of, render
 from alignprop_pipe.loss import loss_of
 from alignprop_pipe.prompts import PromptSet, Split
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Rollout, Scores, StepRecord, Videos
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.combine import calibrate
 from alignprop_pipe.rewards.guard import check_reward
-from alignprop_pipe.rewards.network import check_sources
-from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rollout import autograd_on, rollout
 from alignprop_pipe.seeds import SeededDraws, generator_for
 from alignprop_pipe.text_encoders import EncodedPrompts
@@ -200,9 +198,8 @@ def start(
     denoisers = usable_denoisers(pipe)
     device = stock.device_of(pipe)
     split = prompts.split(config.evaluation.eval_prompts, config.seed)
-    # A configuration that was read from a file has been searched for code by then.
-    judges = [check_sources(parse_reward(text, allow_code=True)).to(device) for text in config.evaluation.judges]
-    followed = followed_judge(config.evaluation.keep_best, judges)
+    judges = [judge.to(device) for judge in judges_of(config)]
+    followed = followed_judge(config.evaluation.keep_best, judges, config.evaluation.judges)
     reward = reward.to(device)
     sample = split.train.batch(config.seed, 0, 2)
     with ExitStack() as still:

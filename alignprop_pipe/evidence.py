@@ -25,6 +25,8 @@ from alignprop_pipe.loss import merit_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
 from alignprop_pipe.rewards.base import Reward, merge_parts
+from alignprop_pipe.rewards.network import check_sources
+from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.seeds import SeededDraws, generator_for
 from alignprop_pipe.summary import paired_change as paired_change
 
@@ -97,18 +99,30 @@ def assess(
     return replace(evidence, merit=(*by_judge, merit_of(config.loss, evidence.per_prompt["reward"])))
 
 
-def followed_judge(keep_best: bool | str, judges: Sequence[Reward]) -> int | None:
+def judges_of(config: AlignConfig) -> list[Reward]:
+    """The judges, not calibrated yet; nothing is loaded for them.
+
+    Raises RewardError for one that is not there, and ConfigError for one to follow that is none of them.
+    """
+    # A configuration that was read from a file has been searched for code by then.
+    judges = [check_sources(parse_reward(text, allow_code=True)) for text in config.evaluation.judges]
+    followed_judge(config.evaluation.keep_best, judges, config.evaluation.judges)
+    return judges
+
+
+def followed_judge(keep_best: bool | str, judges: Sequence[Reward], typed: Sequence[str] = ()) -> int | None:
     """The place of the judge that `keep_best` and `patience` follow; None: they follow the loss.
 
-    Where two looks are alike for the judge, the loss decides. Raises ConfigError for a judge that is not there.
+    A judge is named by its label, by its text, or as it was `typed`. Where two looks are alike for the judge, the loss
+    decides. Raises ConfigError for a judge that is not there.
     """
     if keep_best == "reward" or not judges:
         return None
     if isinstance(keep_best, bool) or keep_best == "judge":
         return 0
-    for names in ([judge.label for judge in judges], list(map(str, judges))):
+    for names in ([judge.label for judge in judges], list(map(str, judges)), typed):
         if keep_best in names:
-            return names.index(keep_best)
+            return list(names).index(keep_best)
     listed = ", ".join(repr(judge.label) for judge in judges)
     raise ConfigError(
         f"keep_best = {keep_best!r}: no judge has this name; the judges are {listed}. 'judge' follows the first, "

@@ -482,6 +482,7 @@ DARKER, BRIGHTER = "-1*brightness", "2*brightness"
         ({"judges": (DARKER, BRIGHTER)}, 4, "the judge -brightness"),
         ({"judges": (DARKER, BRIGHTER), "keep_best": "judge"}, 4, "the judge -brightness"),
         ({"judges": (DARKER, BRIGHTER), "keep_best": "2*brightness"}, 1, "the judge 2*brightness"),
+        ({"judges": (DARKER, "2.0 * brightness"), "keep_best": "2.0 * brightness"}, 1, "the judge 2*brightness"),
         ({"judges": (BRIGHTER,), "keep_best": "reward"}, 4, "the loss target:0.0"),
         ({"judges": ("zscore(brightness)",), "keep_best": "zscore(brightness)"}, 1, "the judge zscore_brightness"),
     ],

@@ -192,6 +192,22 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--judges", "jpeg", "--judges", "jpegg"], "reward 'jpegg' is not known"),
+        (["--judges", "2*jpeg", "--keep-best", "tv"], "keep_best = 'tv': no judge has this name"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_told_before_anything_is_loaded(words: list[str], said: str) -> None:
+    result = run("train", "./none", "--reward", "clipp", "--prompt", "a dog", *words)
+    assert result.exit_code == 2, result.output
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 3  # with the model and the reward
+    assert said in told[2]
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (

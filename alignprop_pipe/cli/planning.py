@@ -273,7 +273,12 @@ def _judges(
     prompts: "PromptSet | None",
     notes: list[str],
 ) -> AlignConfig:
-    """The judges of the file accept no licence; the preset's needs prompts that say what it could check."""
+    """The judges of the file accept no licence; the preset's needs prompts that say what it could check.
+
+    Raises RewardError, and ConfigError for a judge to follow that is not among them.
+    """
+    from alignprop_pipe.evidence import judges_of
+
     judges = config.evaluation.judges
     if judges and "judges" in file.names and "judges" not in settings:
         for text in judges:
@@ -281,6 +286,7 @@ def _judges(
     elif judges and prompts is not None and not (prompts.targets or "judges" in settings):
         notes.append("these prompts come without targets, which the preset's judge needs: no judge watches this run")
         return config.replace(judges=())
+    judges_of(config)
     return config
 
 
