@@ -25,7 +25,7 @@ def settings_without_effect(
 ) -> dict[str, str]:
     """Name of a setting that was set and changes nothing in this run -> why, and what to do.
 
-    Set is what differs from the default and from `usual`, the model's preset.
+    Where only a part of it changes nothing, the words begin with "past". Set is what differs from the default and from `usual`, the model's preset.
     """
     defaults = {name: value for name, _, value in leaves(AlignConfig())}
     presets = {name: value for name, _, value in leaves(usual)}
@@ -60,7 +60,8 @@ def tell(config: AlignConfig | SamplingOptions, found: Mapping[str, str]) -> Non
     values = {name: value for name, _, value in leaves(config)} if isinstance(config, AlignConfig) else asdict(config)
     for name, why in found.items():
         value = values[name] if isinstance(values[name], int | float | str) else str(values[name])
-        logger.warning("%s=%r has no effect: %s", name, value, why, extra={"setting": name})
+        said = f" {why}" if why.startswith("past ") else f": {why}"  # the first is of a part of what the value says
+        logger.warning("%s=%r has no effect%s", name, value, said, extra={"setting": name})
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
@@ -82,8 +83,10 @@ def _steps(config: AlignConfig, given: Collection[str]) -> dict[str, str]:
     """Of the steps, of optimizing and of denoising."""
     found, total = {}, config.sampling.num_inference_steps
     warmup, graded = config.optimizer.warmup_steps, most_graded_steps(config.truncation, total)
-    if "warmup_steps" in given and warmup >= config.steps:
-        found["warmup_steps"] = f"{warmup} is past the end of {config.steps} steps: the rate never gets to lr"
+    if "warmup_steps" in given and warmup == 1:
+        found["warmup_steps"] = "the rate of the first step is lr with it and without; 2 or more let it rise"
+    elif "warmup_steps" in given and warmup > config.steps:
+        found["warmup_steps"] = f"past the end of {config.steps} steps: the rate never gets to lr"
     if "max_skipped" in given and config.max_skipped > config.steps:
         found["max_skipped"] = f"{config.max_skipped} is more than the {config.steps} steps of the run"
     if "truncation" in given:
@@ -91,7 +94,7 @@ def _steps(config: AlignConfig, given: Collection[str]) -> dict[str, str]:
             case LastK(k) if k > total:
                 found["truncation"] = f"{config.truncation} is as 'full': there are {total} denoising steps"
             case RandomLastK(low, high) if low > total or (high is not None and high > total):
-                found["truncation"] = f"{config.truncation} ends at the {total} denoising steps that there are"
+                found["truncation"] = f"past the {total} denoising steps that there are"
             case _:
                 pass
     match config.checkpointing:

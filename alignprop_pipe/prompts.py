@@ -138,8 +138,9 @@ class Split(NamedTuple):
     @property
     def words(self) -> str:
         """`training on 29 prompts, 16 held out`, or what else there is to know."""
-        count, looked_at = len(self.train), len(self.evidence)
+        count, looked_at, listed = len(set(self.train.prompts)), len(self.evidence), len(self.train)
         trained = f"training on {count} prompt{'s' * (count != 1)}"
+        trained += f" ({listed} with repetitions)" if listed > count else ""
         if not looked_at:
             return f"{trained}, no evidence is taken"
         if self.held_out:

@@ -158,7 +158,8 @@ def _numbers(run: RunSummary) -> str:
 
 def _curve(run: RunSummary) -> str:
     of = "held-out prompts" if run.before is None or run.before.held_out else "training prompts, with fresh noise"
-    words = f"Scores over the optimizer steps. Dashed: the {of}; the ring marks the adapter that was kept."
+    looks = "" if run.before is None else f" Dashed: the {of}; the ring marks the adapter that was kept."
+    words = f"Scores over the optimizer steps.{looks}"
     return (
         '<figure class="card curve"><picture>'
         f'<source srcset="{_data_uri(run.curve_dark)}" media="(prefers-color-scheme: dark)">'

@@ -30,7 +30,9 @@ def told(pipe: Any = None, call: dict[str, Any] | None = None, **changed: Any) -
     [
         ({"negative_prompt": "fog", "guidance_scale": 1.0}, "negative_prompt"),
         ({"negative_prompt": "fog", "guidance_scale": 0.5}, "negative_prompt"),
-        ({"warmup_steps": 2}, "warmup_steps"),
+        ({"warmup_steps": 1}, "warmup_steps"),
+        ({"warmup_steps": 1, "steps": 1}, "warmup_steps"),
+        ({"warmup_steps": 3}, "warmup_steps"),
         ({"warmup_steps": 200}, "warmup_steps"),
         ({"max_skipped": 7}, "max_skipped"),
         ({"truncation": "last:9"}, "truncation"),
@@ -58,7 +60,7 @@ def test_a_setting_without_effect_is_named(changed: dict[str, Any], name: str) -
         {"negative_prompt": "fog", "guidance_scale": 1.5},
         {"eta": 0.5},
         {"height": 32, "width": 24},
-        {"warmup_steps": 1},
+        {"warmup_steps": 2},  # the last step has the whole rate
         {"truncation": "last:8"},
         {"truncation": "random:1-8"},
         {"truncation": "random:3-"},
@@ -99,7 +101,7 @@ def test_align_tells_once_before_the_run(caplog: pytest.LogCaptureFixture) -> No
     lines = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
     assert len(lines) == 2
     assert "negative_prompt='fog'" in lines[0]
-    assert "warmup_steps=50" in lines[1]
+    assert "warmup_steps=50 has no effect past the end of 2 steps: the rate never gets to lr" in lines[1]
 
 
 def test_the_commands_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

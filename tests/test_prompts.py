@@ -251,6 +251,11 @@ def test_the_split_in_words(count, held_out, words):
     assert numbered(count).split(held_out, 0).words == words
 
 
+def test_a_prompt_that_is_repeated_counts_once_in_words():
+    words = PromptSet(("a dog", "a cat", "a boat") * 3).split(2, 0).words
+    assert words.startswith("training on 3 prompts (9 with repetitions), too few to hold any out: the evidence is 2 ")
+
+
 def test_split_refuses_a_negative_number():
     with pytest.raises(PromptError, match="0 or more"):
         numbered(3).split(-1, 0)

@@ -117,6 +117,14 @@ def test_evidence_that_is_not_held_out_is_called_what_it_is(tmp_path):
     assert "held-out" not in page[: page.index("Settings")]
 
 
+def test_a_curve_without_looks_is_not_said_to_show_some(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.append(record(1))
+    page = "".join(Page(run.finish().read_text(encoding="utf-8")).text)
+    assert "Scores over the optimizer steps." in page
+    assert "Dashed" not in page
+
+
 def test_how_the_adapter_was_chosen_is_said(tmp_path):
     run = new_run(tmp_path / "run")
     run.evidence(look(0), "before")
