@@ -25,7 +25,8 @@ def settings_without_effect(
 ) -> dict[str, str]:
     """Name of a setting that was set and changes nothing in this run -> why, and what to do.
 
-    Where only a part of it changes nothing, the words begin with "past". Set is what differs from the default and from `usual`, the model's preset.
+    Where only a part of it changes nothing, the words begin with "past". Set is what differs from the default and from
+    `usual`, the model's preset.
     """
     defaults = {name: value for name, _, value in leaves(AlignConfig())}
     presets = {name: value for name, _, value in leaves(usual)}
