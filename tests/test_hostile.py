@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,12 @@ from alignprop_pipe.licences import HUB
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change
 
-ALL, SOME = (pytest.mark.parametrize("text", texts) for texts in (hostile.ALL, hostile.SOME))
+ALL = pytest.mark.parametrize("text", hostile.ALL)
+SOME = pytest.mark.parametrize("text", hostile.SOME)
+FAMILIES = pytest.mark.parametrize(
+    "text", list(map("".join, hostile.FAMILIES)), ids=("markdown", "terminal", "rich", "shell", "python")
+)
+"""For what takes a second: whole families in one text."""
 ANY = st.one_of(st.text(), st.lists(st.sampled_from(hostile.ALL)).map("".join))
 
 
@@ -75,7 +81,12 @@ def places(structure: dict[str, Any]) -> list[str]:
     return [place for place in structure["places"] if "huggingface.co" not in place and ".safetensors" not in place]
 
 
-HARMLESS = hostile.structure(parts(str(model_card(facts_of("harmless"))))[1])
+@functools.cache
+def card_of(text: str) -> str:
+    return str(model_card(facts_of(text)))
+
+
+HARMLESS = hostile.structure(parts(card_of("harmless"))[1])
 
 
 def same_page(card: str) -> None:
@@ -88,12 +99,11 @@ def same_page(card: str) -> None:
 
 @ALL
 def test_a_card_of_hostile_texts_is_made_of_what_a_harmless_one_is(text: str) -> None:
-    card = str(model_card(facts_of(text)))
-    same_page(card)
-    assert is_seen(card)
+    same_page(card_of(text))
+    assert is_seen(card_of(text))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(ANY)
 def test_a_card_of_any_text_is_made_of_what_a_harmless_one_is(text: str) -> None:
     same_page(str(model_card(facts_of(text or "x"))))
@@ -101,8 +111,8 @@ def test_a_card_of_any_text_is_made_of_what_a_harmless_one_is(text: str) -> None
 
 @ALL
 def test_the_metadata_holds_what_the_facts_say_and_nothing_more(text: str) -> None:
-    data, _ = parts(str(model_card(facts_of(text))))
-    harmless, _ = parts(str(model_card(facts_of("harmless"))))
+    data, _ = parts(card_of(text))
+    harmless, _ = parts(card_of("harmless"))
     assert data.keys() == harmless.keys()
     assert len(data["widget"]) == 1
     assert [len(one["results"]) for one in data["model-index"]] == [
@@ -113,7 +123,7 @@ def test_the_metadata_holds_what_the_facts_say_and_nothing_more(text: str) -> No
 @SOME
 def test_the_code_of_a_hostile_card_does_what_a_harmless_one_does(text: str) -> None:
     """Python: the same calls, with the texts in them. bash: one command, whose words are the texts."""
-    _, body = parts(str(model_card(facts_of(text))))
+    _, body = parts(card_of(text))
     blocks = {token.info: token.content for token in hostile.MarkdownIt().parse(body) if token.type == "fence"}
     tree = ast.parse(blocks["python"])
     named = [
@@ -147,23 +157,22 @@ def header_of(text: str) -> dict[str, str]:
     }
 
 
-def pushed(text: str, folder: Path) -> str:
+@functools.cache
+def pushed(text: str) -> str:
     """The card of an adapter whose header is all `text`."""
     theirs = adapters.made("sd15")
     base = Base.of_header({"alignprop.base_model": f"models--{text}--{text}", "alignprop.base_class": text})
     adapter = dataclasses.replace(theirs, base=base, metadata=header_of(text))
-    adapter.push_to_hub("me/foxes", dry_run=folder / "hub")
-    return (folder / "hub" / "README.md").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.push_to_hub("me/foxes", dry_run=Path(folder) / "hub")
+        return (Path(folder) / "hub" / "README.md").read_text(encoding="utf-8")
 
 
 @SOME
-def test_a_pushed_adapter_with_a_hostile_header(text: str, tmp_path: Path) -> None:
-    card = pushed(text, tmp_path / "theirs")
-    found, usual = (
-        hostile.structure(parts(one)[1]) for one in (card, pushed(hostile.harmless(text), tmp_path / "ours"))
-    )
+def test_a_pushed_adapter_with_a_hostile_header(text: str) -> None:
+    found, usual = (hostile.structure(parts(pushed(one))[1]) for one in (text, hostile.harmless(text)))
     assert found == usual
-    assert is_seen(card)
+    assert is_seen(pushed(text))
 
 
 @pytest.mark.parametrize(
@@ -193,20 +202,11 @@ def test_headers_that_would_stop_a_push(header: dict[str, str], tmp_path: Path) 
     assert "# foxes" in card
 
 
-@pytest.mark.parametrize(
-    "text", list(map("".join, hostile.FAMILIES)), ids=("markdown", "terminal", "rich", "shell", "python")
-)
-def test_a_pushed_run_of_hostile_texts(text: str, tmp_path: Path) -> None:
-    cards = []
-    for name, words in (("theirs", text), ("ours", hostile.harmless(text))):
-        folder = run_of(words, tmp_path / name).parent
-        (folder / "adapter.safetensors").unlink()
-        adapter = dataclasses.replace(adapters.made("sd15"), run_folder=folder)
-        adapter.push_to_hub("me/foxes", dry_run=tmp_path / name / "hub")
-        cards.append((tmp_path / name / "hub" / "README.md").read_text(encoding="utf-8"))
-    found, usual = (hostile.structure(parts(card)[1]) for card in cards)
-    assert found == usual
-    assert is_seen(cards[0])
+@pytest.fixture(scope="module")
+def harmless_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = run_of("harmless", tmp_path_factory.mktemp("runs") / "run").parent
+    (folder / "adapter.safetensors").unlink()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,10 @@ def test_a_pushed_run_of_hostile_texts(text: str, tmp_path: Path) -> None:
         {"config": {"evaluation": {"judges": 3}, "sampling": [], "batch_size": "x", "loss": {"a": 1}}},
     ],
 )
-def test_a_run_folder_with_anything_in_it_is_pushed(changed: dict[str, Any], tmp_path: Path) -> None:
-    folder = run_of("harmless", tmp_path / "run").parent
-    (folder / "adapter.safetensors").unlink()
+def test_a_run_folder_with_anything_in_it_is_pushed(
+    changed: dict[str, Any], harmless_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(harmless_run, tmp_path / "run")
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | changed))
     adapter = dataclasses.replace(adapters.made("sd15"), run_folder=folder)
@@ -249,22 +250,31 @@ def run_of(text: str, folder: Path) -> Path:
     return run.finish(changes, f"failed: {text}")
 
 
-def report_of(text: str, folder: Path) -> hostile.Tags:
-    return hostile.Tags(run_of(text, folder).read_text(encoding="utf-8"))
-
-
 @functools.cache
-def usual_report(text: str) -> hostile.Tags:
-    with tempfile.TemporaryDirectory() as folder:
-        return report_of(text, Path(folder))
+def shown(text: str) -> tuple[hostile.Tags, str]:
+    """The report of a run whose every text is `text`, and the card of the same run when it is pushed."""
+    with tempfile.TemporaryDirectory() as place:
+        report = run_of(text, Path(place) / "run")
+        (report.parent / "adapter.safetensors").unlink()
+        adapter = dataclasses.replace(adapters.made("sd15"), run_folder=report.parent)
+        adapter.push_to_hub("me/foxes", dry_run=Path(place) / "hub")
+        card = (Path(place) / "hub" / "README.md").read_text(encoding="utf-8")
+        return hostile.Tags(report.read_text(encoding="utf-8")), card
 
 
-@SOME
-def test_a_report_of_hostile_texts_is_made_of_what_a_harmless_one_is(text: str, tmp_path: Path) -> None:
-    found, usual = report_of(text, tmp_path), usual_report(hostile.harmless(text))
+@FAMILIES
+def test_a_report_of_hostile_texts_is_made_of_what_a_harmless_one_is(text: str) -> None:
+    found, usual = shown(text)[0], shown(hostile.harmless(text))[0]
     assert found.tags == usual.tags
     assert found.comments == usual.comments
     assert is_seen(found.text)
+
+
+@FAMILIES
+def test_a_pushed_run_of_hostile_texts(text: str) -> None:
+    found, usual = (hostile.structure(parts(shown(one)[1])[1]) for one in (text, hostile.harmless(text)))
+    assert found == usual
+    assert is_seen(shown(text)[1])
 
 
 @ALL
@@ -338,7 +348,7 @@ def test_errors_and_notes_do_not_steer_the_terminal(text: str, capsys: pytest.Ca
     assert "ok: nothing wrong found" not in printed.err.split("\n")
 
 
-@SOME
+@FAMILIES
 def test_inspect_says_a_hostile_header_line_by_line(text: str, tmp_path: Path) -> None:
     theirs = adapters.made("sd15")
     header = {**header_of(text), "alignprop.base_model": text, "alignprop.base_class": text}
@@ -353,7 +363,7 @@ def test_inspect_says_a_hostile_header_line_by_line(text: str, tmp_path: Path) -
     assert json.loads(line.splitlines()[0])["metadata"]["alignprop.window"] == text
 
 
-@SOME
+@FAMILIES
 def test_a_name_that_is_refused_is_said_and_not_obeyed(text: str) -> None:
     for words in (
         ["sample", "x", "--adapter", f"x{text}.safetensors"],

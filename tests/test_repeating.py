@@ -69,17 +69,24 @@ def run(*words: object) -> Result:
 
 def pasted(command: str, folder: Path) -> Path:
     """Run the command in `folder` by a shell, and find the run folder that it made."""
-    words = shlex.split(command)
-    assert words[0] == "alignprop"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    line = shlex.join([sys.executable, "-m", "alignprop_pipe", *words[1:]])
-    done = subprocess.run(line, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PY": sys.executable}
+    line = f'alignprop() {{ "$PY" -m alignprop_pipe "$@"; }}; {command}'
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (made,) = (folder / "runs").iterdir()
     return made
 
 
-def test_a_python_run_is_repeated_by_its_command(model: Path, place: Path) -> None:
+def typed(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As `pasted`, in this process."""
+    monkeypatch.chdir(folder)
+    done = run(*shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    (made,) = (folder / "runs").iterdir()
+    return made
+
+
+def test_a_python_run_is_repeated_by_its_command(model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another scheduler, number format, arguments of the call, a measured reward, and prompts of a file."""
     Path("prompts.csv").write_text("prompt,count\n" + "".join(f"{prompt},{i}\n" for i, prompt in enumerate(PROMPTS)))
     pipe = AlignPropPipeline.from_pretrained(model, dtype=torch.bfloat16)
@@ -96,7 +103,7 @@ def test_a_python_run_is_repeated_by_its_command(model: Path, place: Path) -> No
     assert not said["not_repeatable"]
     assert shlex.split(said["command"]) == ["alignprop", "train", "--config", str(place / "here/first/config.json")]
     Path("prompts.csv").unlink()
-    assert_same(Path("first"), pasted(said["command"], place / "there"))
+    assert_same(place / "here/first", typed(said["command"], place / "there", monkeypatch))
 
 
 def test_a_command_is_repeated_by_its_command(model: Path, place: Path) -> None:
@@ -120,7 +127,7 @@ def test_a_command_is_repeated_by_its_command(model: Path, place: Path) -> None:
 
 
 def test_the_file_decides_flags_win_and_what_wins_is_told(model: Path, place: Path) -> None:
-    align(AlignPropPipeline.from_pretrained(model), MIXED, PROMPTS, out="first", eval_prompts=2)
+    align(AlignPropPipeline.from_pretrained(model), MIXED, PROMPTS, out="first")
     done = run("train", "--config", "first", "--seed", "5", "--reward", "jpeg", "--steps", "2", "--out", "second")
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
