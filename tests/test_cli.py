@@ -191,6 +191,19 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 
 
 @pytest.mark.usefixtures("place")
+def test_wrong_judges_are_told_with_all_else_and_before_anything_is_drawn() -> None:
+    """With wrong settings too: what was typed is known then."""
+    typed = ["--judges", "nonsense", "--judges", "nope.py:x", "--judges", "clip(model='models/x')"]
+    wrong = run("train", "--steps", "0", "--reward", "tv(", *typed)
+    assert wrong.exit_code == 2
+    for said in ("steps = 0", "tv(", "'nonsense' is not known", "no file 'nope.py'", "hf://models/x"):
+        assert said in " ".join(wrong.output.split())
+    wrong = run("train", "--judges", "tv", "--keep-best", "jpeg")
+    assert wrong.exit_code == 2
+    assert "the judges are 'tv'" in wrong.output
+    assert "loading" not in wrong.output
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

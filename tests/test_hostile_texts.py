@@ -420,7 +420,7 @@ def test_a_config_of_one_s_own_is_allowed_by_import() -> None:
 
 @pytest.mark.parametrize("flags", [["--judges", "evil.py:score"], ["--reward", "tv + evil.py:score"]])
 def test_what_is_typed_on_the_command_line_is_allowed(flags: list[str]) -> None:
-    assert run(*TRAIN, *flags, "--quiet").exit_code == 0
+    assert run(*TRAIN, *flags, "--quiet", "--dry-run").exit_code == 0
     assert Path("ran").exists()
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +207,15 @@ def test_to_moves_a_network():
     assert isinstance(reward, PythonReward)
     reward.to("meta")
     assert reward.inner.scale.device.type == "meta"
+
+
+def test_a_file_that_is_named_twice_is_run_once_until_it_changes(tmp_path: Path) -> None:
+    file = tmp_path / "counted.py"
+    text = "with open({!r}, 'a') as file:\n    file.write('x')\ndef score(images):\n    return images.mean((1, 2, 3))\n"
+    file.write_text(text.format(str(tmp_path / "runs")))
+    first, again = (parse_reward(f"{file}:score", allow_code=True) for _ in range(2))
+    assert first.inner is again.inner
+    assert (tmp_path / "runs").read_text() == "x"
+    file.write_text(file.read_text() + "# changed\n")
+    assert parse_reward(f"{file}:score", allow_code=True).inner is not first.inner
+    assert (tmp_path / "runs").read_text() == "xx"

@@ -4,7 +4,7 @@ Nothing is loaded or drawn here. A file may be settings alone, or a run's `confi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,7 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
         source, prompts = _prompts(request, file, model, notes)
     with problems.noted():
         config = _judges(request, file, config, settings, prompts, notes)
+    _check_judges(request, config, settings.get("judges", config.evaluation.judges), problems, output)
     out = request.out or default_out(str(reward or "run"))
     with problems.noted():
         from alignprop_pipe.runs import check_place
@@ -288,6 +289,21 @@ def _judges(
         return config.replace(judges=())
     judges_of(config)
     return config
+
+
+def _check_judges(
+    request: TrainRequest, config: AlignConfig, texts: Sequence[str], problems: console.Problems, output: console.Output
+) -> None:
+    """Those of a file have been searched for code by now."""
+    from alignprop_pipe.evidence import followed_judge
+
+    judges, before = [], len(problems.found)
+    for text in texts:
+        with problems.noted():
+            judges.append(open_reward(text, request, output))
+    if len(problems.found) == before:
+        with problems.noted():
+            followed_judge(config.evaluation.keep_best, judges)
 
 
 def _computing(request: TrainRequest, facts: Mapping[str, Any], notes: list[str]) -> TrainRequest:

@@ -23,6 +23,8 @@ from alignprop_pipe.rewards.expression import REFERENCE
 
 _INPUTS = ("images", "prompts", "targets")
 _FILE_MODULE = "alignprop_reward_"
+_STAMP = "__alignprop_stamp__"
+"""Time of change and size of the file, kept in its module: a file that has changed is another one."""
 
 
 class PythonReward(Reward):
@@ -209,11 +211,15 @@ def _file(path: Path) -> ModuleType:
         raise RewardError(f"there is no file {str(path)!r} in {Path.cwd()}{hint}{minus}")
     # A name of its own: dataclasses and pickling inside the file look the module up in sys.modules.
     name = f"{_FILE_MODULE}{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}"
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size)
+    if (before := sys.modules.get(name)) is not None and vars(before).get(_STAMP) == stamp:
+        return before  # what is named twice is run once
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RewardError(f"{str(path)!r} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    vars(module)[_STAMP] = stamp
     try:
         spec.loader.exec_module(module)
     except Exception as error:
