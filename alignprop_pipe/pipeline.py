@@ -40,6 +40,7 @@ from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
 from alignprop_pipe.rewards.base import Reward, members
+from alignprop_pipe.rewards.judge import knows
 from alignprop_pipe.rewards.network import check_sources
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rollout import autograd_on
@@ -344,7 +345,7 @@ def _made_anew(kind: type, pipeline: DiffusionPipeline, changed: Mapping[str, An
 def usual_config(pipe: DiffusionPipeline, prompts: PromptSet) -> AlignConfig:
     """The model's preset, without its judges where the prompts do not say what a judge could check."""
     config = AlignConfig.preset(preset_for(pipe.name_or_path))
-    return config if prompts.targets else config.replace(judges=())
+    return config if not config.evaluation.judges or knows(prompts.targets) else config.replace(judges=())
 
 
 def settings(

@@ -7,9 +7,13 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import AlignError, RewardError
+from alignprop_pipe.pipeline import usual_config
+from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import AttributeJudge
+from alignprop_pipe.rewards.judge import knows
 
 LABELS = ["subject:dog", "subject:cat", "subject:fox", "count:one", "count:two", "background:red", "background:blue"]
 PREPROCESSOR = {
@@ -118,3 +122,22 @@ def test_a_missing_bundled_judge_is_named():
 def test_the_bundled_judge_knows_the_columns_of_the_prompts():
     said = AttributeJudge().predict(torch.rand(2, 3, 64, 64))
     assert list(said) == ["subject", "count", "background"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "is_known"),
+    [
+        ({}, False),
+        ({"count": [1, "two"]}, True),
+        ({"count": [1, None], "subject": [None, "dog"]}, True),
+        ({"count": [1, None]}, False),
+        ({"count": [{"dog": 1}, {"dog": 2}]}, False),
+        ({"count": [1, 7]}, False),
+        ({"note": ["a", "b"]}, False),
+    ],
+)
+def test_the_preset_s_judge_stays_where_it_knows_what_the_prompts_want(targets: dict, is_known: bool) -> None:
+    prompts = PromptSet(("a dog", "two dogs"), {name: tuple(column) for name, column in targets.items()})
+    assert knows(prompts.targets) is is_known
+    pipe = AlignPropPipeline.from_pretrained("emoji")
+    assert bool(usual_config(pipe, prompts).evaluation.judges) is is_known

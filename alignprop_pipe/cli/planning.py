@@ -279,13 +279,14 @@ def _judges(
     Raises RewardError, and ConfigError for a judge to follow that is not among them.
     """
     from alignprop_pipe.evidence import judges_of
+    from alignprop_pipe.rewards.judge import knows
 
     judges = config.evaluation.judges
     if judges and "judges" in file.names and "judges" not in settings:
         for text in judges:
             _from_file(request, file, text)
-    elif judges and prompts is not None and not (prompts.targets or "judges" in settings):
-        notes.append("these prompts come without targets, which the preset's judge needs: no judge watches this run")
+    elif judges and prompts is not None and not ("judges" in settings or knows(prompts.targets)):
+        notes.append("these prompts come without targets that the preset's judge knows: no judge watches this run")
         return config.replace(judges=())
     judges_of(config)
     return config

@@ -1,7 +1,7 @@
 """The judge of the bundled model: names subject, count and background of a picture. Watched, never trained on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,8 @@ class AttributeJudge(NetworkReward):
             best[attribute] = [values[index] for index in chosen.tolist()]
         return best
 
-    def _right(self, images: Images, targets: Targets) -> dict[str, Rewards]:
-        """For each attribute that is asked for: 1.0 right, 0.0 wrong, NaN where a prompt's target is None."""
-        network = self.network_for(images)
+    def asked(self, network: Any, targets: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:
+        """What each prompt wants of each attribute, in the judge's words. Raises RewardError where it cannot say."""
         groups = _groups(self.model, network.config.id2label)
         columns = {name: targets[name] for name in groups if name in targets}
         asked = {name: [_known(name, value, groups[name]) for value in column] for name, column in columns.items()}
@@ -71,6 +70,11 @@ class AttributeJudge(NetworkReward):
                 f"{self.name} compares a picture with what its prompt asks for: every prompt needs a value in one or "
                 f"more of the columns {', '.join(groups)}; the columns that came: {', '.join(targets) or 'none'}"
             )
+        return asked
+
+    def _right(self, images: Images, targets: Targets) -> dict[str, Rewards]:
+        """For each attribute that is asked for: 1.0 right, 0.0 wrong, NaN where a prompt's target is None."""
+        asked = self.asked(self.network_for(images), targets)
         right = {}
         for name, said in self.predict(images).items():
             if name in asked:
@@ -79,6 +83,15 @@ class AttributeJudge(NetworkReward):
                     [math.nan if wanted is None else wanted == got for wanted, got in pairs]
                 )
         return right
+
+
+def knows(targets: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether the bundled judge could check every prompt of a set with these targets."""
+    judge = AttributeJudge()
+    try:
+        return bool(judge.asked(judge.network_for(torch.zeros(1)), targets))
+    except RewardError:
+        return False
 
 
 def _groups(source: str, labels: Mapping[Any, str]) -> dict[str, dict[str, int]]:
