@@ -7,6 +7,7 @@ are checkpointed; the scheduler's `step` is the clock. This file alone switches 
 
 import functools
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -257,40 +258,48 @@ def _as_of_now(network: nn.Module, forward: Forward, arguments: tuple[tuple, dic
 def _with_the_same_draws(network: nn.Module, forward: Forward) -> Forward:
     """`forward`, which a second time draws the random numbers of the first.
 
-    A decoder may draw noise that nobody can give it a generator for. The process-wide generators are set back only
-    where `forward` draws from them itself.
+    A decoder may draw noise that nobody can give it a generator for. The process-wide generators, of torch, Python and
+    NumPy, are set back only where `forward` draws from them itself.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    shared = _process_wide(device)
     draws, states, is_first = None, None, True
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal draws, states, is_first
         if is_first:
             is_first, entered = False, SeededDraws.entered()
-            draws, before = entered and entered.from_here(), _random_states(device)
+            draws, before = entered and entered.from_here(), [read() for read, _ in shared]
             output = forward(*args, **kwargs)
-            drew = not all(map(torch.equal, before, _random_states(device)))
-            states = before if drew else None
+            states = [
+                state if _differ(state, read()) else None for state, (read, _) in zip(before, shared, strict=True)
+            ]
             return output
         with ExitStack() as stack:
             if draws is not None:
                 stack.enter_context(draws.from_here())
-            if states is not None:
-                is_cpu = len(states) == 1
-                how: dict[str, Any] = {} if is_cpu else {"device_type": device.type}
-                stack.enter_context(torch.random.fork_rng([] if is_cpu else [device], **how))
-                torch.set_rng_state(states[0])
-                if not is_cpu:
-                    torch.get_device_module(device).set_rng_state(states[1], device)
+            for state, (read, write) in zip(states or (), shared, strict=False):
+                if state is not None:
+                    stack.callback(write, read())
+                    write(state)
             return forward(*args, **kwargs)
 
     return call
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    """The states of the process-wide generators of the CPU and of `device`."""
-    others = [] if device.type in ("cpu", "meta") else [torch.get_device_module(device).get_rng_state(device)]
-    return [torch.get_rng_state(), *others]
+def _process_wide(device: torch.device) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How to read and write the state of each generator that a network on `device` may share with the process."""
+    numpy = np.random  # the generator that np.random.rand and the like draw from
+    found = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
+    found.append((numpy.get_state, numpy.set_state))
+    if device.type not in ("cpu", "meta"):
+        module = torch.get_device_module(device)
+        found.append((lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)))
+    return found
+
+
+def _differ(first: Any, second: Any) -> bool:
+    return not all(map(np.array_equal, first, second)) if isinstance(first, tuple) else not torch.equal(first, second)
 
 
 def _same_in_new_containers(arguments: tuple[tuple, dict]) -> tuple[tuple, dict]:

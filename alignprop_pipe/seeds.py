@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Purpose = Literal["noise", "truncation", "prompts", "adapter", "split", "evidence", "hidden"]
 
@@ -38,13 +38,8 @@ DRAWING = {
 }
 """Functions of torch that draw from the generator given to them, else from the process-wide one."""
 
-DROPOUT = {
-    functional.dropout: lambda shape: shape,
-    functional.dropout1d: lambda shape: (*shape[:-1], 1),
-    functional.dropout2d: lambda shape: (*shape[:-2], 1, 1),
-    functional.dropout3d: lambda shape: (*shape[:-3], 1, 1, 1),
-}
-"""Functions that draw and take no generator -> the shape of what they draw for an input."""
+DRAWS_INSIDE = ("dropout", "rrelu", "gumbel", "standard_gamma", "dirichlet", "binomial", "fractional", "attention")
+"""What is in the names of functions that draw deep inside, where no generator can be given."""
 
 _entered = threading.local()
 
@@ -63,7 +58,7 @@ class SeededDraws(TorchFunctionMode):
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
         for device, state in (states or {}).items():
-            self._generator(device).set_state(state)
+            self.generator_on(device).set_state(state)
 
     @classmethod
     def after(cls, generator: torch.Generator) -> "SeededDraws":
@@ -91,8 +86,9 @@ class SeededDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in DRAWING or _takes_generator(func):
             return self._drawn(func, args, kwargs)
-        if func in DROPOUT:
-            return self._dropped(func, args, kwargs)
+        if _draws_inside(func) and not _is_switched_off(func, args, kwargs):
+            with _SeededOperators(self):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -110,19 +106,10 @@ class SeededDraws(TorchFunctionMode):
             bounds = {name: about.pop(name) for name in ("low", "high") if name in about}
             rest = [bounds.get("low", 0), bounds["high"]] if bounds else rest
             func, args, kwargs = LIKE[func], (*rest, like.shape), about
-        return func(*args, **{**kwargs, "generator": self._generator(device)})
+        return func(*args, **{**kwargs, "generator": self.generator_on(device)})
 
-    def _dropped(self, func: Any, args: Any, kwargs: Any) -> Any:
-        given = inspect.signature(func).bind(*args, **kwargs)
-        given.apply_defaults()
-        x, p = given.arguments["input"], given.arguments["p"]
-        if not given.arguments["training"] or p == 0:
-            return func(*args, **kwargs)
-        kept = torch.empty(DROPOUT[func](x.shape), dtype=x.dtype, device=x.device)
-        kept.bernoulli_(1 - p, generator=self._generator(x.device))
-        return x * kept / (1 - p) if p < 1 else x * 0
-
-    def _generator(self, device: torch.device) -> torch.Generator:
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """The one that numbers on this device come from."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
@@ -135,3 +122,43 @@ def _takes_generator(func: Any) -> bool:
         return isinstance(func, FunctionType) and "generator" in inspect.signature(func).parameters
     except ValueError:  # a method of a tensor
         return False
+
+
+@functools.cache
+def _draws_inside(func: Any) -> bool:
+    return any(part in getattr(func, "__name__", "") for part in DRAWS_INSIDE)
+
+
+def _is_switched_off(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is seen at once that nothing is drawn, as in every layer of a network in evaluation mode."""
+    if func.__name__ == "scaled_dot_product_attention":
+        return not (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0))
+    third = args[2] if "dropout" in func.__name__ and len(args) > 2 else None
+    return False in (third, kwargs.get("training"), kwargs.get("train"))
+
+
+class _SeededOperators(TorchDispatchMode):
+    """`SeededDraws` for what a function of torch calls, seen as operators; it would be slow round every function."""
+
+    def __init__(self, draws: SeededDraws) -> None:
+        super().__init__()
+        self.draws = draws
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
+        if func is torch.ops.aten.native_dropout.default:  # of CUDA; it takes no generator
+            x, p, train = args
+            kept = torch.ones_like(x, dtype=torch.bool)
+            if train is not False:
+                kept.bernoulli_(1 - p, generator=self.draws.generator_on(device))
+            return x * kept * (1 / (1 - p) if p < 1 and train is not False else 1), kept
+        func = getattr(func.overloadpacket, "generator", func)
+        names = [argument.name for argument in func._schema.arguments]
+        if "generator" in names:
+            args = args[: names.index("generator")]
+            kwargs = {**kwargs, "generator": self.draws.generator_on(device)}
+        return func(*args, **kwargs)

@@ -2,11 +2,13 @@
 
 import copy
 import inspect
+import random
 from contextlib import nullcontext
 from typing import Any
 
 import by_hand
 import miniatures
+import numpy as np
 import pytest
 import torch
 from by_hand import PROMPTS, Chain, double_inside
@@ -279,18 +281,33 @@ HIDDEN = {
     "dropout2d": lambda x: nn.functional.dropout2d(x, 0.3, training=True),
     "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.7)),
     "rrelu, which takes no generator": lambda x: nn.functional.rrelu(x, training=True),
+    "alpha_dropout": lambda x: nn.functional.alpha_dropout(x, 0.3, training=True),
+    "native_dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
+    "gumbel_softmax": lambda x: x + nn.functional.gumbel_softmax(x.detach(), dim=1),
+    "beta": lambda x: x + torch.distributions.Beta(2.0, 3.0).sample(x.shape).to(x),
+    "attention": lambda x: x + nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.3),
+    "numpy": lambda x: x * (1 + np.random.rand()),  # noqa: NPY002 - what is process-wide there
+    "python": lambda x: x * (1 + random.random()),
 }
+
+
+def seed_the_process():
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
 
 
 @pytest.mark.parametrize(
     ("where", "noise", "seeded"),
     [
         *(("decoder", noise, False) for noise in HIDDEN),
-        *(("decoder", noise, True) for noise in ("randn_like", "dropout", "rrelu, which takes no generator")),
+        *(("decoder", noise, True) for noise in HIDDEN),
         ("unet", "normal_", True),
         ("unet", "dropout2d", False),
+        *(("unet", noise, True) for noise in ("alpha_dropout", "attention", "numpy", "python")),
     ],
 )
+@pytest.mark.usefixtures("unchecked")  # the type checks draw some
 def test_the_gradient_is_exact_where_something_draws_random_numbers(where, noise, seeded):
     """Computed twice or once, the noise is that of the first time."""
     pipe, weights = sd15()
@@ -298,12 +315,14 @@ def test_the_gradient_is_exact_where_something_draws_random_numbers(where, noise
     results = {}
     with by_hand.hooked(part.register_forward_hook(lambda _m, _a, out: HIDDEN[noise](out))):
         for choice in ("all", "none"):
-            torch.manual_seed(3)
+            seed_the_process()
             with SeededDraws(5) if seeded else nullcontext():
                 images = roll(pipe, checkpointing=choice, truncation="full").images
-            torch.rand(7)  # what comes between the two passes
+            moved = not torch.equal(torch.get_rng_state(), torch.manual_seed(3).get_state())
+            assert moved == (not seeded and noise not in ("numpy", "python"))
+            torch.rand(7), random.random(), np.random.rand()  # noqa: NPY002 - what comes between the two passes
             results[choice] = images, gradient(images, weights)
-        torch.manual_seed(3)
+        seed_the_process()
         call = inspect.unwrap(type(pipe).__call__)
         with SeededDraws(5) if seeded else nullcontext():
             plain = call(pipe, **arguments(), generator=by_hand.generators(), output_type="pt", return_dict=False)[0]
