@@ -183,7 +183,7 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
             "[batch, frames, 3, height, width] are needed. Load a text-to-image or text-to-video pipeline"
         )
     images = (images / 2 + 0.5 if _is_raw(images, last) else images).clamp(0, 1)
-    return images if all(part.isfinite().all() for part in last.values()) else images * math.nan
+    return images if all(part.detach().isfinite().all() for part in last.values()) else images * math.nan
 
 
 def _output(
