@@ -274,11 +274,7 @@ def _judges(
     prompts: "PromptSet | None",
     notes: list[str],
 ) -> AlignConfig:
-    """The judges of the file accept no licence; the preset's needs prompts that say what it could check.
-
-    Raises RewardError, and ConfigError for a judge to follow that is not among them.
-    """
-    from alignprop_pipe.evidence import judges_of
+    """The judges of the file accept no licence; the preset's needs prompts that say what it could check."""
     from alignprop_pipe.rewards.judge import knows
 
     judges = config.evaluation.judges
@@ -288,7 +284,6 @@ def _judges(
     elif judges and prompts is not None and not ("judges" in settings or knows(prompts.targets)):
         notes.append("these prompts come without targets that the preset's judge knows: no judge watches this run")
         return config.replace(judges=())
-    judges_of(config)
     return config
 
 
@@ -304,7 +299,7 @@ def _check_judges(
             judges.append(open_reward(text, request, output))
     if len(problems.found) == before:
         with problems.noted():
-            followed_judge(config.evaluation.keep_best, judges)
+            followed_judge(config.evaluation.keep_best, judges, config.evaluation.judges)
 
 
 def _computing(request: TrainRequest, facts: Mapping[str, Any], notes: list[str]) -> TrainRequest:
