@@ -22,15 +22,20 @@ FILES = (
 )
 FOLDERS = (
     *("run", "sample", "output", "out", "result", "model", "lora", "adapter", "checkpoint", "ckpt", "weight"),
-    *("experiment", "log", "tmp", "temp", "data", "comfyui", "custom_node"),
+    *("experiment", "exp", "log", "tmp", "temp", "cache", "backup", "data", "comfyui", "custom_node"),
+    *("saved", "save", "train", "trained", "training", "pretrained", "finetune", "finetuned", "test", "snapshot"),
+    *("artifact", "export", "download", "desktop", "document", "image", "picture", "asset", "project", "work"),
+    *("workspace", "home", "mnt", "content", "unet", "transformer"),
 )
-"""Without the s of many: how people and programs call the folders that such files lie in.
+"""Without the s of many, and without numbers: how people and programs call the folders that such files lie in.
 
 Who means a user of the Hub with such a name writes hf://.
 """
 
-OF_A_RUN = re.compile(r"\d{4}-\d\d-\d\d(-\d{4})?(-.*)?")
-"""How a run folder is called by default: 2026-11-30-2016-clip."""
+OF_A_RUN = re.compile(r"\d{4}-\d\d-\d\d(-\d{4})?(-.*)?|(checkpoint|ckpt|epoch|step)s?[-_]?\d+", re.IGNORECASE)
+"""How a run folder is called by default, 2026-11-30-2016-clip, and what trainers keep in theirs, checkpoint-500."""
+
+NUMBER = re.compile(r"[-_]?v?\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ def may_be_path(text: str) -> bool:
     first, name = text.split("/")
     return (
         Path(name).suffix.lower() in FILES
-        or first.lower().removesuffix("s") in FOLDERS
+        or NUMBER.sub("", first.lower().removeprefix("my-").removeprefix("my_")).removesuffix("s") in FOLDERS
         or OF_A_RUN.fullmatch(name) is not None
         or any(_alike(first, folder) for folder in _folders_here())
     )

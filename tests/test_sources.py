@@ -20,12 +20,17 @@ from alignprop_pipe.mixing import mix
 from alignprop_pipe.rewards.weights import place_of
 from alignprop_pipe.sources import HubName, hub_hint, on_hub
 
-NAMES = ["me/cute-animals", "me/x.y-z_1", "modelscope/sdxl", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a1/b2"]
+NAMES = [
+    "lora-library/x", "THUDM/ImageReward", "h94/IP-Adapter", "test-org/x", "me/step-by-step", "me/v1.0", "123/x",
+    "me/cute-animals", "me/x.y-z_1", "modelscope/sdxl", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a1/b2",
+]  # fmt: skip
 PATHS = [
     "x", "a/b/c", "./x", "./x/y", "../x", "~/x", "/tmp/x", "C:\\x\\y", "C:/x", "me\\x", "me/x?y", "", "me/", "/",
     "me/x.safetensors", "me/x.bin", "me/x.JSON", "me/x.pt", "me/x.ckpt", "runs/my-run", "Runs/my-run", "samples/a",
     "outputs/a", "models/sd15", "loras/foxes", "checkpoints/x", "results/x", "me/2026-11-30-2016-clip", "me/2026-01-02",
     "me/2025-01-02-0304-zscore-clip-2", "cats/tabby", "projetc/x", "projects/x", "Project/x",
+    "exp/x", "saved/x", "trained/x", "Downloads/x", "Desktop/x", "runs2/x", "my_runs/x", "my-loras/x", "out_1/x",
+    "models-v2/x", "me/checkpoint-500", "me/epoch_3", "me/step100", "workspace/x", "content/x", "unet/x",
 ]  # fmt: skip
 
 
