@@ -125,7 +125,7 @@ def test_sample_takes_an_adapter_from_the_hub(
     with Image.open("samples/001-a-dog.png") as shown:
         assert shown.info["adapter"] == "me/first"
     missing = CliRunner().invoke(app, [*words, "--adapter", "me/none"])
-    assert missing.exit_code == 1
+    assert missing.exit_code == 2
     assert "'me/none' is no file or folder here" in missing.stderr
     typed = CliRunner().invoke(app, [*words, "--adapter", "./none/x"])
     assert typed.exit_code == 2 or "no file or folder here" in typed.stderr

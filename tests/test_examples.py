@@ -67,7 +67,7 @@ def test_align_bundled(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 @needs_the_bundled_model
 def test_custom_reward(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("custom_reward.py", "1")
-    assert "held-out warmth" in capsys.readouterr().out
+    assert "warmth on training prompts, fresh noise:" in capsys.readouterr().out
 
 
 def test_the_custom_reward_works_on_the_command_line() -> None:
