@@ -83,8 +83,10 @@ class Facts:
     def parameters(self) -> Mapping[str, Any]:
         """What the base model's own call takes, by name; empty for a class that this diffusers does not know."""
         kind = getattr(diffusers, self.base_class, None)
-        is_pipeline = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
-        return inspect.signature(kind.__call__).parameters if is_pipeline else {}
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+            return {}
+        found: Any = kind
+        return inspect.signature(found.__call__).parameters
 
     @property
     def task(self) -> str:

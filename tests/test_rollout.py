@@ -320,7 +320,8 @@ def test_the_gradient_is_exact_where_something_draws_random_numbers(where, noise
                 images = roll(pipe, checkpointing=choice, truncation="full").images
             moved = not torch.equal(torch.get_rng_state(), torch.manual_seed(3).get_state())
             assert moved == (not seeded and noise not in ("numpy", "python"))
-            torch.rand(7), random.random(), np.random.rand()  # noqa: NPY002 - what comes between the two passes
+            between = (torch.rand(7), random.random(), np.random.rand())  # noqa: NPY002 - drawn between the two passes
+            assert len(between) == 3
             results[choice] = images, gradient(images, weights)
         seed_the_process()
         call = inspect.unwrap(type(pipe).__call__)
