@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -29,7 +30,7 @@ from alignprop_pipe.records import Evidence, Images, PromptBatch, Rollout, Score
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.combine import calibrate
 from alignprop_pipe.rewards.guard import check_reward
-from alignprop_pipe.rollout import autograd_on, rollout
+from alignprop_pipe.rollout import autograd_on, rollout, with_backward
 from alignprop_pipe.seeds import SeededDraws, generator_for
 from alignprop_pipe.text_encoders import EncodedPrompts
 
@@ -300,7 +301,7 @@ def optimizer_step(state: Training, step: int) -> StepRecord:
         torch.cuda.reset_peak_memory_stats(device)
     with stock.frozen_for_training(state.pipe, state.parameters, state.reward.networks()):
         for first in range(0, len(whole.prompts), config.batch_size):
-            results.append(accumulate(state, step, first, whole))
+            results.append(with_backward(state.pipe, partial(accumulate, state, step, first, whole)))
         norm = clipped_norm(state)
     losses, scores, graded, distances, pictures = zip(*results, strict=True)
     if step == 1:
@@ -375,7 +376,7 @@ def accumulate(
     if made.distance is not None:
         loss = loss + config.distance_weight * made.distance
     try:
-        state.scaler.scale(loss * share).backward(inputs=state.parameters)
+        add_gradient(state.scaler.scale(loss * share), state.parameters)
     except CheckpointError as error:
         raise PipelineError(
             f"{type(state.pipe).__name__} computes something else the second time, when the backward pass repeats its "
@@ -385,6 +386,13 @@ def accumulate(
     distance = None if made.distance is None else made.distance.item()
     kept = Scores(scores.total.detach(), {name: part.detach() for name, part in scores.parts.items()})
     return loss.item() * share, kept, made.graded, distance, None if first else shown(made)
+
+
+def add_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """As `backward` does, but to all parameters or, where it fails, to none."""
+    for parameter, part in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        if part is not None:
+            parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
 
 
 def shown(made: Rollout) -> Images:

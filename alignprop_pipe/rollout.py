@@ -9,10 +9,10 @@ import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_pipe import lora, stock
+from alignprop_pipe.choices import RecomputeNone
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.memory import recomputed
@@ -32,6 +33,7 @@ from alignprop_pipe.seeds import SeededDraws
 from alignprop_pipe.truncation import graded_steps
 
 Forward = Callable[..., Any]
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -45,11 +47,39 @@ _counted_steps: WeakKeyDictionary[DiffusionPipeline, dict[int, int]] = WeakKeyDi
 """How many steps a pipeline took where it had announced another number."""
 
 
+_writing: WeakSet[DiffusionPipeline] = WeakSet()
+"""Pipelines whose own code writes into tensors that the gradient needs."""
+
+
+def with_backward(pipe: DiffusionPipeline, attempt: Callable[[], Made]) -> Made:
+    """`attempt`: a rollout of `pipe` and its backward pass, which changes nothing if it fails.
+
+    Some pipelines put the next latents, or a sum over parts of the picture, where the last were. Autograd refuses the
+    backward pass then, so the attempt is made again with copies of what is overwritten, and without recomputation; the
+    next one does so at once. Raises PipelineError where that does not help.
+    """
+    try:
+        with torch.autograd.graph.allow_mutation_on_saved_tensors() if pipe in _writing else nullcontext():
+            return attempt()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        if pipe in _writing:
+            raise PipelineError(
+                f"{type(pipe).__name__} writes into tensors that the gradient needs, in its own code: it can draw but "
+                "not be aligned. Align the same model in another pipeline class, if diffusers has one"
+            ) from error
+    _writing.add(pipe)
+    return with_backward(pipe, attempt)
+
+
 @dataclass(slots=True)
 class StepClock:
-    """Counts scheduler steps; the first denoiser call asks it how many there will be and which are graded.
+    """Counts denoising steps; the first denoiser call asks it how many there will be and which are graded.
 
-    What a denoiser is told of the time is not asked: a pipeline may scale, shift or repeat it.
+    A step ends when the denoiser is called after a scheduler's step. So it does not matter how often the scheduler
+    steps for one call (once for every frame, or for the sound too, on copies of it), nor what a denoiser is told of the
+    time, which a pipeline may scale, shift or repeat.
     """
 
     pipe: DiffusionPipeline
@@ -61,6 +91,7 @@ class StepClock:
     graded: range = range(0)
     distances: list[Tensor] = field(default_factory=list)
     carries_gradient: bool = False
+    has_stepped: bool = False
 
     def start(self) -> None:
         """Fix T and draw K, once for the trajectory."""
@@ -71,6 +102,16 @@ class StepClock:
             self.announced = int(announced or len(scheduler.timesteps) - begin)
             self.num_steps = _counted_steps.get(self.pipe, {}).get(self.announced, self.announced)
             self.graded = graded_steps(self.config.truncation, self.num_steps, self.generator)
+
+    def stepped(self, latents: Tensor) -> None:
+        """The scheduler, or a copy of it, has made `latents` of what the denoiser said."""
+        self.start()
+        self.has_stepped, self.carries_gradient = True, latents.requires_grad
+
+    def end_step(self) -> None:
+        """Count the step that is through, if one is."""
+        self.step += self.has_stepped
+        self.has_stepped = False
 
     @property
     def was_right(self) -> bool:
@@ -94,9 +135,16 @@ def rollout(
     stock call's, bit for bit. `distance` is the mean squared change of the noise prediction by the adapter at
     graded steps, where `config.distance_weight` asks for it. Raises PipelineError.
     """
-    clock, images = _called(pipe, batch, config, generators, truncation_generator, call_kwargs)
+    if pipe in _writing:
+        config = config.replace(checkpointing=RecomputeNone())
+    denoiser = next(iter(stock.denoisers(pipe).values()))
+    called = _with_the_same_draws(denoiser, functools.partial(_called, pipe, batch, config))
+    try:
+        clock, images = called(generators, truncation_generator, call_kwargs)
+    except stock.LeavesTorch:
+        clock, images = called(generators, truncation_generator, call_kwargs)
     if not clock.was_right:  # not every pipeline says how many steps it takes: now it is known
-        clock, images = _called(pipe, batch, config, generators, truncation_generator, call_kwargs)
+        clock, images = called(generators, truncation_generator, call_kwargs)
     if not clock.was_right:
         raise PipelineError(
             f"{type(pipe).__name__} took {clock.step} denoising steps where {clock.num_steps} were expected, and "
@@ -120,16 +168,21 @@ def _called(
     truncation_generator: torch.Generator,
     call_kwargs: Mapping[str, Any],
 ) -> tuple[StepClock, Tensor]:
-    """The stock call, once; where its steps were not those expected, the generators are as they were before."""
+    """The stock call, once; where it failed or its steps were not those expected, the generators are as before."""
     clock = StepClock(pipe, config, truncation_generator)
     arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
     call = inspect.unwrap(type(pipe).__call__)
     states = [(generator, generator.get_state()) for generator in (*generators, truncation_generator)]
-    with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
-        images = stock.pictures(pipe, call, arguments)
-    for generator, state in states if not clock.was_right else ():
-        generator.set_state(state)
-    return clock, images
+    is_through = False
+    try:
+        with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
+            images = stock.pictures(pipe, call, arguments)
+        clock.end_step()
+        is_through = clock.was_right
+        return clock, images
+    finally:
+        for generator, state in () if is_through else states:
+            generator.set_state(state)
 
 
 # --- what is put round the stock parts, and taken off again ---
@@ -140,7 +193,7 @@ def _wrapped(pipe: DiffusionPipeline, clock: StepClock) -> Iterator[None]:
     painter = stock.painting(pipe)
     announced = painter.__dict__.pop("_num_timesteps", None)
     with ExitStack() as stack:
-        for part in stock.inner(pipe):
+        for part in (pipe, *stock.inner(pipe)):
             stack.enter_context(_undecorated(part))
         scheduler = stock.scheduler(pipe)
         stack.enter_context(stock.wrapped(scheduler, "step", functools.partial(_counted, clock)))
@@ -159,14 +212,62 @@ def _wrapped(pipe: DiffusionPipeline, clock: StepClock) -> Iterator[None]:
 
 
 @contextmanager
-def _undecorated(pipe: DiffusionPipeline) -> Iterator[None]:
-    """The `no_grad` decorator is off inside, for a pipeline that another one calls."""
-    kind: Any = type(pipe)
-    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": inspect.unwrap(kind.__call__)})
-    try:
+def _undecorated(*owners: Any) -> Iterator[None]:
+    """The `no_grad` decorator is off every method of these objects inside: pipelines, or modules of a network."""
+    with ExitStack() as stack:
+        for owner in owners:
+            kind, bare = type(owner), _undecorated_class(type(owner))
+            if bare is not None:
+                stack.callback(setattr, owner, "__class__", kind)
+                owner.__class__ = bare
         yield
-    finally:
-        pipe.__class__ = kind
+
+
+@functools.cache
+def _undecorated_class(kind: type) -> type | None:
+    """A subclass without such decorators on what its call runs; None where there are none."""
+    bare = {name: method.__wrapped__ for name, method in _run_by_call(kind).items() if _is_in_context(method)}
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **bare}) if bare else None
+
+
+def _run_by_call(kind: type) -> dict[str, Any]:
+    """The methods that a call, or `decode`, comes by: those whose names stand in the code of one that it comes by."""
+    static = {name: inspect.getattr_static(kind, name) for name in dir(kind)}
+    roots = ("__call__",) if issubclass(kind, DiffusionPipeline) else ("forward", "decode")
+    found: dict[str, Any] = {}
+    waiting = [name for name in roots if name in static]
+    while waiting:
+        name = waiting.pop()
+        found[name] = static[name]
+        names = _names_in(getattr(inspect.unwrap(static[name]), "__code__", None)) if callable(static[name]) else ()
+        waiting += [name for name in names if name in static and name not in found]
+    return found
+
+
+def _names_in(code: Any) -> set[str]:
+    """The names that a piece of code looks up, in the functions inside it too."""
+    inside = [constant for constant in getattr(code, "co_consts", ()) if hasattr(constant, "co_names")]
+    return {*getattr(code, "co_names", ()), *(name for part in inside for name in _names_in(part))}
+
+
+def _is_in_context(method: Any) -> bool:
+    """Whether a function is one that torch's context managers make when they decorate."""
+    code = getattr(method, "__code__", None)
+    return code is not None and code.co_name == "decorate_context" and hasattr(method, "__wrapped__")
+
+
+def _graph_throughout(network: nn.Module, forward: Forward) -> Forward:
+    """`forward` with the decorators off the modules of `network`, also when it runs again in the backward pass."""
+    decorated = [module for module in network.modules() if _undecorated_class(type(module)) is not None]
+    if not decorated:
+        return forward
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _undecorated(*decorated):
+            return forward(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -181,10 +282,8 @@ def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
 
 def _counted(clock: StepClock, step: Forward) -> Forward:
     def call(*args: Any, **kwargs: Any) -> Any:
-        clock.start()
         result = step(*args, **kwargs)
-        clock.step += 1
-        clock.carries_gradient = result[0].requires_grad
+        clock.stepped(result[0])
         return result
 
     return call
@@ -195,6 +294,7 @@ def _graded(denoiser: nn.Module, clock: StepClock) -> Forward:
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        clock.end_step()
         clock.start()
         output = helper(*args, **kwargs)
         if clock.step in clock.graded and clock.config.distance_weight > 0:
@@ -206,10 +306,11 @@ def _graded(denoiser: nn.Module, clock: StepClock) -> Forward:
 
 def _graded_helper(network: nn.Module, clock: StepClock) -> Forward:
     """Without a graph before the cut. Before the first denoiser call nothing can carry gradient, so the same there."""
-    forward = network.forward
+    forward = _graph_throughout(network, network.forward)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        clock.end_step()
         if clock.step not in clock.graded:
             with torch.set_grad_enabled(False):
                 return forward(*args, **kwargs)
@@ -239,12 +340,15 @@ def _as_of_now(network: nn.Module, forward: Forward, arguments: tuple[tuple, dic
     """
     processors = [(module, module.processor) for module in network.modules() if hasattr(module, "processor")]
     kept, runs, forward = _same_in_new_containers(arguments), 0, _with_the_same_draws(network, forward)
+    versions = _versions(kept)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal runs
         runs += 1
         if runs > 1:
             args, kwargs = _same_in_new_containers(kept)
+            if _versions(kept) != versions:
+                raise RuntimeError("what the denoiser was given has been modified by an inplace operation")
         with ExitStack() as stack:
             for module, processor in processors:
                 if module.processor is not processor:
@@ -302,6 +406,11 @@ def _differ(first: Any, second: Any) -> bool:
     return not all(map(np.array_equal, first, second)) if isinstance(first, tuple) else not torch.equal(first, second)
 
 
+def _versions(arguments: Any) -> list[int]:
+    """How often each tensor was written into; a pipeline may put the next latents in the place of the last."""
+    return [leaf._version for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
 def _same_in_new_containers(arguments: tuple[tuple, dict]) -> tuple[tuple, dict]:
     return tree_map(lambda leaf: leaf, arguments)
 
@@ -327,7 +436,7 @@ class _Decoding(nn.Module):
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
-        self.call: Forward = decoder.decode  # type: ignore[assignment]  # a method, though modules hide its type
+        self.call = _graph_throughout(decoder, decoder.decode)  # type: ignore[arg-type]  # modules hide its type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)

@@ -6,14 +6,18 @@ into; the decoder is the one that decodes. `pictures` makes the call.
 back as it was.
 """
 
+import copy
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
@@ -54,6 +58,8 @@ def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
                 f"{name} is a {type(part).__name__} round the network: set pipe.{name} = pipe.{name}.{path}"
                 + merging * hasattr(part, "merge_and_unload")
             )
+    if not found:  # nothing is named as one, nor made for LoRAs; PEFT can put one on any network
+        found = {name: part for name, part in components(painter).items() if _is_told_the_time(part)}
     if not found:
         names = ", ".join(f"{name} ({type(part).__name__})" for name, part in components(pipe).items()) or "none"
         raise PipelineError(
@@ -83,7 +89,7 @@ def called_each_step(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 def _is_told_the_time(part: Any) -> bool:
     taken = inspect.signature(type(part).forward).parameters
-    is_told = "t" in taken or any("timestep" in name for name in taken)
+    is_told = any(name in ("t", "r") or "timestep" in name for name in taken)  # r: the share of noise that is left
     return is_told and isinstance(part, ModelMixin) and not hasattr(part, "decode")
 
 
@@ -144,25 +150,40 @@ def call_arguments(
 ) -> dict[str, Any]:
     """Arguments for the stock `__call__`, leaving out what this pipeline does not take or what was not set.
 
-    `extra` holds arguments of this pipeline alone (`image`, `strength`, `num_frames`, ...).
+    `extra` holds arguments of this pipeline alone (`image`, `strength`, `num_frames`, ...); a None in it is handed on,
+    since it may stand for something else than the argument's default. One prompt goes in as a text with its generator,
+    not as a list of one: every pipeline takes it so, and some nothing else.
     """
-    wanted = {
-        "prompt": list(prompts),
-        "negative_prompt": [sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None,
+    usual = {
+        "prompt": _one_or_list(prompts),
+        "negative_prompt": _one_or_list([sampling.negative_prompt or ""] * len(prompts)),
         "num_inference_steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         "eta": sampling.eta,
         "height": sampling.height,
         "width": sampling.width,
-        "generator": list(generators),
+        "generator": _one_or_list(generators),
         "output_type": "pt",
-        **(extra or {}),
     }
+    if not sampling.negative_prompt:
+        del usual["negative_prompt"]
+    wanted = {**{name: value for name, value in usual.items() if value is not None}, **(extra or {})}
     taken = call_parameters(pipe)
-    return {name: value for name, value in wanted.items() if name in taken and value is not None}
+    return {name: value for name, value in wanted.items() if name in taken}
+
+
+def _one_or_list(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else list(values)
 
 
 # --- the call ---
+
+_leaving_torch: WeakSet[DiffusionPipeline] = WeakSet()
+"""Pipelines that turn their pictures into NumPy arrays, whatever they are asked for."""
+
+
+class LeavesTorch(Exception):
+    """The call ended at NumPy; the next one keeps the decoder's pictures, and goes through."""
 
 
 def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor:
@@ -175,12 +196,17 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
     """
     with _watched(pipe) as last:
         output = _output(pipe, call, arguments, last)
-    images = _stacked(output)
+    images = _laid_out(_stacked(_as_the_decoder_made(output, last)), arguments)
     if not isinstance(images, Tensor) or images.ndim not in (4, 5) or images.shape[-3] != 3:
         kind = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(output).__name__
         raise PipelineError(
             f"{type(pipe).__name__} returned {kind} for output_type='pt'; pictures [batch, 3, height, width] or videos "
             "[batch, frames, 3, height, width] are needed. Load a text-to-image or text-to-video pipeline"
+        )
+    if len(images) != _pictures_asked(arguments):
+        raise PipelineError(
+            f"{type(pipe).__name__} drew {len(images)} for {_pictures_asked(arguments)} prompts: to it, several "
+            "prompts are the parts of one video. Give it one prompt at a time, with batch_size=1"
         )
     images = (images / 2 + 0.5 if _is_raw(images, last) else images).clamp(0, 1)
     return images if all(part.detach().isfinite().all() for part in last.values()) else images * math.nan
@@ -200,13 +226,46 @@ def _output(
             f"{name} stopped before its first denoising step with {type(error).__name__}: {error}. "
             f"Arguments of this pipeline alone are given by name; it takes {', '.join(_own_arguments(pipe))}"
         ) from error
-    except RuntimeError as error:
+    except Exception as error:
+        if re.search(r"\bpt\b|output_type", str(error)):
+            raise PipelineError(
+                f"{name} cannot hand out tensors, with output_type='pt': {error}. It can draw but not be aligned; a "
+                "newer pipeline class for the same model may do better"
+            ) from error
         if "numpy() on Tensor that requires grad" not in str(error):
             raise
+        if pipe not in _leaving_torch:
+            _leaving_torch.add(pipe)
+            raise LeavesTorch(name) from error
         raise PipelineError(
             f"{name} turns its pictures into NumPy arrays, where gradients end, also for output_type='pt': "
             "it can draw but not be aligned; a newer pipeline class for the same model may do better"
         ) from error
+
+
+def _as_the_decoder_made(output: Any, last: Mapping[str, Tensor]) -> Any:
+    """Pictures that come in an array, with the gradient that they had before, where they are the decoder's own."""
+    if not isinstance(output, np.ndarray):
+        return output
+    shown, made = torch.from_numpy(output).movedim(-1, -3), last.get("decode")
+    if made is not None and made.numel() == shown.numel():
+        made = (made / 2 + 0.5).clamp(0, 1).reshape(shown.shape)
+        if torch.equal(made.detach().to(shown.dtype), shown):
+            return made
+    return shown
+
+
+def _laid_out(images: Any, arguments: Mapping[str, Any]) -> Any:
+    """A video as [batch, frames, 3, height, width], where a pipeline has another order or leaves the batch out."""
+    if isinstance(images, Tensor) and images.ndim == 5 and images.shape[1] == 3 != images.shape[2]:
+        return images.transpose(1, 2)
+    is_batch = isinstance(images, Tensor) and images.ndim == 4 and len(images) != _pictures_asked(arguments)
+    return images[None] if is_batch and _pictures_asked(arguments) == 1 else images
+
+
+def _pictures_asked(arguments: Mapping[str, Any]) -> int:
+    prompts = 1 if isinstance(arguments["prompt"], str) else len(arguments["prompt"])
+    return prompts * (arguments.get("num_images_per_prompt") or 1)
 
 
 def _stacked(output: Any) -> Any:
@@ -216,14 +275,17 @@ def _stacked(output: Any) -> Any:
 
 @contextmanager
 def _watched(pipe: DiffusionPipeline) -> Iterator[dict[str, Tensor]]:
-    """The last output of the scheduler's `step` and of the decoder's `decode`, by these names."""
+    """The last output of the scheduler's `step` and of the decoder's `decode`, by these names.
+
+    A pipeline that leaves torch gets from `decode` what has no gradient any more.
+    """
     last: dict[str, Tensor] = {}
 
     def remembering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             output = method(*args, **kwargs)
             last[name] = output if isinstance(output, Tensor) else output[0]
-            return output
+            return tree_map(_detached, output) if name == "decode" and pipe in _leaving_torch else output
 
         return call
 
@@ -276,24 +338,32 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """`wrap(method)` in the place of a method of this object alone.
-
-    A pipeline that draws sound too steps a deep copy of its scheduler: the copy gets the plain method, on itself.
-    """
-    method = getattr(owner, name)
-    inner, plain = wrap(method), getattr(method, "__func__", None)
-    if plain is None:  # a function that someone else has put there
-        with replaced(owner, name, functools.wraps(method)(inner)):
-            yield
-        return
-
-    @functools.wraps(plain)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs) if self is owner else plain(self, *args, **kwargs)
-
-    # A bound method is what `deepcopy` binds to the copy; a function would go on acting on the original.
-    with replaced(owner, name, MethodType(call, owner)):
+    """`wrap(method)` in the place of a method of this object, and of deep copies that are made of it inside."""
+    with replaced(owner, name, _Wrapped(owner, getattr(owner, name), wrap)):
         yield
+
+
+class _Wrapped:
+    """A method that follows its object into deep copies.
+
+    A pipeline may step a deep copy of its scheduler, for each frame or for the sound: the copy's method acts on the
+    copy. Or it may copy the scheduler's attributes and write them back: then it stays the method of that scheduler.
+    """
+
+    def __init__(self, owner: Any, method: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        functools.update_wrapper(self, method, updated=())
+        self.owner, self.method, self.wrap, self.call = owner, method, wrap, wrap(method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Wrapped":
+        owner = memo.get(id(self.owner))
+        if owner is None:
+            return self
+        is_bound = getattr(self.method, "__self__", None) is self.owner
+        method = MethodType(self.method.__func__, owner) if is_bound else copy.deepcopy(self.method, memo)
+        return _Wrapped(owner, method, self.wrap)
 
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -325,6 +395,10 @@ def _autocast(network: nn.Module, dtype: torch.dtype | None) -> Callable[..., An
         return tree_map(lambda leaf: leaf.to(first.dtype) if _is_float(leaf) else leaf, output)
 
     return call
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _is_float(leaf: Any) -> bool:

@@ -695,10 +695,20 @@ def test_pictures_that_lose_the_gradient_are_refused(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
-def test_a_pipeline_that_leaves_torch_is_refused():
+def test_a_pipeline_that_leaves_torch_is_refused_where_its_decoder_does_not_make_its_pictures(monkeypatch):
     pipe = miniatures.numpy_only()
     adapted(pipe, torch.float32)
     picture = miniatures.FAMILIES["sd15_controlnet"].call(2)
+    inside = pipe.decode_latents
+    monkeypatch.setattr(pipe, "decode_latents", lambda latents: inside(latents) ** 2)
+    with pytest.raises(PipelineError, match="loses the gradient after its last denoising step.*NumPy"):
+        roll(pipe, extra=picture)
+    step = pipe.scheduler.step
+
+    def arrays_in_the_loop(noise: Tensor, *given: Any, **options: Any) -> Any:
+        return step(torch.from_numpy(noise.numpy()), *given, **options)
+
+    monkeypatch.setattr(pipe.scheduler, "step", arrays_in_the_loop)
     with pytest.raises(PipelineError, match="NumPy.*newer pipeline class"):
         roll(pipe, extra=picture)
 
@@ -741,10 +751,12 @@ def test_steps_that_differ_from_call_to_call_are_refused():
     def more_each_time(*_given: object) -> None:
         calls.append(1)
         for _ in calls:
-            pipe.scheduler.step(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 4, 8, 8))
+            latents = torch.zeros(2, 4, 8, 8)
+            noise = pipe.unet(latents, 1, encoder_hidden_states=torch.zeros(2, 77, miniatures.WIDTH))[0]
+            pipe.scheduler.step(noise, 1, latents)
 
     with (
-        by_hand.hooked(pipe.unet.register_forward_hook(more_each_time)),
+        by_hand.hooked(pipe.vae.decoder.register_forward_pre_hook(more_each_time)),
         pytest.raises(PipelineError, match="num_inference_steps"),
     ):
         roll(pipe)
