@@ -207,21 +207,27 @@ def test_no_prompts_is_told(pipe):
         look(pipe, prompts=PromptSet(()))
 
 
-def test_pictures_that_are_no_tensor_are_told(pipe, monkeypatch):
+def test_pictures_as_arrays_are_taken_and_what_is_no_picture_is_told(pipe, monkeypatch):
     called = type(pipe).__call__
 
     def as_arrays(self, prompt, generator, output_type):
         return called(self, prompt, generator=generator, num_inference_steps=1, output_type="np")
 
     monkeypatch.setattr(type(pipe), "__call__", as_arrays)
-    with pytest.raises(PipelineError, match=r"ndarray.*pictures .* or videos .* are needed"):
+    assert len(look(pipe).images) == 5
+
+    def as_words(self, prompt, generator, output_type):
+        return (list(prompt),)
+
+    monkeypatch.setattr(type(pipe), "__call__", as_words)
+    with pytest.raises(PipelineError, match=r"list.*pictures .* or videos .* are needed"):
         look(pipe)
 
     def too_few(self, prompt, generator, output_type):
         return called(self, prompt[:1], generator=generator[:1], num_inference_steps=1, output_type=output_type)
 
     monkeypatch.setattr(type(pipe), "__call__", too_few)
-    with pytest.raises(PipelineError, match="made 1 pictures for 5 prompts"):
+    with pytest.raises(PipelineError, match="drew 1 for 5 prompts"):
         look(pipe)
 
 

@@ -23,6 +23,7 @@ def main() -> int:
         from sweep.classes import pipeline_classes
         from sweep.run import sweep_one
 
+        results.write({name: results.not_reached(name) for name in pipeline_classes()} | results.read())
         for name in pipeline_classes():
             if not re.fullmatch(chosen.pattern, name):
                 continue

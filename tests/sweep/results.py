@@ -12,9 +12,10 @@ RESULTS = HERE / "results.jsonl"
 PAGE = HERE.parents[1] / "docs" / "pipelines.md"
 
 Line = dict[str, Any]
-OUTCOMES = ("works", "refused", "cannot be built", "out of scope", "WRONG")
+OUTCOMES = ("works", "refused", "cannot be built", "out of scope", "WRONG", "not reached")
 """In the order of the page. Refused: in words of ours, before anything is trained. Cannot be built: has no miniature
-without the network, or the stock class does not run. Out of scope: draws no picture from text. WRONG: a bug."""
+without the network, or the stock class does not run. Out of scope: draws no picture from text. WRONG: a bug. Not
+reached: a sweep that goes on from here comes to it."""
 
 
 def versions() -> dict[str, str]:
@@ -37,9 +38,21 @@ def write(lines: Mapping[str, Line], path: Path = RESULTS) -> None:
     partial.replace(path)
 
 
+def not_reached(name: str) -> Line:
+    return {
+        "name": name,
+        "outcome": "not reached",
+        "words": "",
+        "notes": [],
+        "checks": [],
+        "seconds": 0.0,
+        "versions": {},
+    }
+
+
 def is_done(line: Line | None) -> bool:
     """Whether this class was swept with the versions that are installed."""
-    return line is not None and line["versions"] == versions()
+    return line is not None and line["outcome"] != "not reached" and line["versions"] == versions()
 
 
 def counts(lines: Mapping[str, Line]) -> Counter[str]:
@@ -49,7 +62,7 @@ def counts(lines: Mapping[str, Line]) -> Counter[str]:
 def page(lines: Mapping[str, Line]) -> str:
     """Markdown: how many, then a table for each outcome."""
     found = counts(lines)
-    swept = sum(found.values()) - found["out of scope"]
+    swept = sum(found.values()) - found["out of scope"] - found["not reached"]
     used = sorted({f"{name} {number}" for line in lines.values() for name, number in line["versions"].items()})
     text = [
         "# Which pipelines can be aligned",
@@ -57,7 +70,8 @@ def page(lines: Mapping[str, Line]) -> str:
         f"Every pipeline class that diffusers exports, tried as a miniature with random weights ({', '.join(used)}). "
         f"Of {swept} classes that draw pictures or videos from text, "
         f"{found['works']} work, {found['refused']} are refused, {found['cannot be built']} have no miniature, "
-        f"{found['WRONG']} are wrong. {found['out of scope']} others draw no picture from text.",
+        f"{found['WRONG']} are wrong. {found['out of scope']} others draw no picture from text"
+        f"{', and ' + str(found['not reached']) + ' were not reached by this sweep' if found['not reached'] else ''}.",
         "",
         "For a class that works, all of this holds: its pictures equal the stock call's, bit for bit; the gradient "
         "of the adapter's weights through the last 1, 2 and all denoising steps equals that of the undecorated stock "
