@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alignprop_pipe.adapter_keys import split_key
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.sources import hub_hint
+from alignprop_pipe.sources import hub_hint, is_file, is_folder
 
 MOST_HEADER = 100_000_000
 """Bytes, as the safetensors library has it; kohya's headers with all tags of a data set take a few million."""
@@ -84,13 +84,9 @@ def _check_whole(tensors: Mapping[str, Tensor], header: Mapping[str, str], name:
 def located(path: str | Path) -> Path:
     """The adapter's file, where a run folder may stand for it. Raises AdapterError."""
     source = Path(path)
-    try:
-        if source.is_dir():
-            source = source / "adapter.safetensors"
-        is_file = source.is_file()
-    except (OSError, ValueError):  # a name that no file system takes
-        is_file = False
-    if not is_file:
+    if is_folder(source):
+        source = source / "adapter.safetensors"
+    if not is_file(source):
         raise AdapterError(
             f"there is no adapter file {str(source)!r}; a run writes runs/<name>/adapter.safetensors{hub_hint(path)}"
         )

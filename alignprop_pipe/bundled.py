@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignprop_pipe.errors import AlignError
+from alignprop_pipe.sources import is_folder
 
 MODELS_DIR = Path(__file__).parent / "models"
 
@@ -58,7 +59,7 @@ def preset_for(model: str | None) -> str:
 def is_bundled(id_or_path: str | None) -> bool:
     """Whether the text-to-image model of this name or folder is the one that ships inside."""
     folder = (MODELS_DIR / "emoji").resolve()
-    return id_or_path == "emoji" or (bool(id_or_path) and Path(str(id_or_path)).resolve() == folder)
+    return id_or_path == "emoji" or (is_folder(id_or_path or "") and Path(str(id_or_path)).resolve() == folder)
 
 
 def resolve_model(id_or_path: str) -> str:

@@ -22,6 +22,7 @@ from alignprop_pipe import __version__, lora
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.export_header import ARCHITECTURES, base_of
 from alignprop_pipe.files import appearing_whole
+from alignprop_pipe.sources import exists
 
 Names = dict[str, str]
 """Paths of modules in diffusers -> in the original; a module takes everything in it along."""
@@ -76,7 +77,7 @@ def write_checkpoint(pipe: DiffusionPipeline, path: str | Path, dtype: torch.dty
     target = Path(path)
     if target.suffix != ".safetensors":
         raise PipelineError(f"checkpoints are saved as safetensors: {str(path)!r} has to end in '.safetensors'")
-    if target.exists():
+    if exists(target):
         raise PipelineError(f"{str(path)!r} exists already and is not overwritten; choose another name")
     state = original_checkpoint(pipe)
     ready = {key: _ready(key, weight, dtype) for key, weight in state.items()}

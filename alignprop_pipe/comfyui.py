@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignprop_pipe.errors import AlignError
 from alignprop_pipe.files import write_whole
+from alignprop_pipe.sources import expanded
 
 PACK = "alignprop"
 MARK = '"""The AlignProp nodes. Written by `alignprop comfy install`; `alignprop comfy uninstall` takes it away.'
@@ -93,7 +94,7 @@ def uninstall(comfyui: str | Path) -> Path | None:
 
 
 def _pack_in(comfyui: str | Path) -> Path:
-    given = Path(comfyui).expanduser()
+    given = expanded(comfyui)
     for folder in (given, given / "ComfyUI"):
         is_checkout = (folder / "main.py").is_file() and (folder / "comfy").is_dir()
         is_base = (folder / "models").is_dir() and (folder / "user").is_dir()

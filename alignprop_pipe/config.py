@@ -29,6 +29,7 @@ from alignprop_pipe.choices import (
 )
 from alignprop_pipe.config_fields import check, exact, option
 from alignprop_pipe.errors import ConfigError, RewardError
+from alignprop_pipe.files import decoded
 from alignprop_pipe.rewards.code import refuse_code
 
 
@@ -260,7 +261,7 @@ def read_table(path: str | Path) -> Any:
     if read is None:
         raise ConfigError(f"configuration file {str(path)!r}: a name that ends in .toml or .json is needed")
     try:
-        return read(path.read_text(encoding="utf-8-sig"))  # -sig: some editors put a byte order mark first
+        return read(decoded(path.read_bytes()))
     except ConfigError as error:
         raise ConfigError(f"configuration file {str(path)!r}: {error}") from error
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alignprop_pipe import __version__
 from alignprop_pipe.adapter_keys import PIPELINES, UNETS, family_of
 from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.sources import exists
 
 FORMAT = "1"
 """Number of the file format; raised when a reader of older files would misread a new one."""
@@ -198,7 +199,7 @@ def public_id(model: str) -> str:
     if path.parent == Path(__file__).parent / "models":
         return path.name
     is_name = len(model) <= LONGEST_ID and HUB_ID.fullmatch(model)
-    is_public = is_name and not path.exists() and path.suffix != ".safetensors"
+    is_public = is_name and not exists(path) and path.suffix != ".safetensors"
     return model if is_public else ""
 
 

@@ -8,8 +8,34 @@ from pathlib import Path
 
 from alignprop_pipe.errors import RunError
 
+MARKS = (
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+"""Byte order marks, the longer first: what a text begins with that is not UTF-8."""
+
 PROMPT_CHUNK, SHEET_CHUNK = "prompt", "sheet"
 """Text chunks of our PNG files: what the picture was drawn from; and that it shows several pictures on one sheet."""
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file: UTF-8, or UTF-16 or UTF-32 where a byte order mark says so; the mark is left out.
+
+    Raises ValueError, which names the line, for bytes that are no such text.
+    """
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].decode(encoding, "ignore").count("\n") + 1
+        kind = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"line {line} is not {kind} text; save the file again as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"line {line} holds a zero byte, as no text does; save the file again as UTF-8")
+    return text
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:

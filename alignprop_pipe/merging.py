@@ -18,6 +18,7 @@ from alignprop_pipe.errors import AdapterError, RunError
 from alignprop_pipe.export_header import public_id
 from alignprop_pipe.export_keys import layers_from, misfit, named_for, networks
 from alignprop_pipe.factors import Factors, Layers
+from alignprop_pipe.sources import exists
 
 
 def merge(
@@ -46,7 +47,7 @@ def merge(
         RunError: the disk does not take it.
     """
     target = Path(out)
-    if target.exists() or target.is_symlink():
+    if exists(target) or target.is_symlink():
         raise AdapterError(f"{str(out)!r} exists already and is not overwritten; choose another name")
     layers = _fitting(pipe, adapter)
     parts = networks(pipe)

@@ -23,6 +23,7 @@ from alignprop_pipe.choices import is_whole
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.export_header import Base
 from alignprop_pipe.factors import Factors, Layers
+from alignprop_pipe.sources import expanded, is_folder
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,8 @@ def name_of(source: Source, number: int = 1) -> str:
     """How an adapter is called where others read it: a file's or run folder's own name, without the way to it."""
     if isinstance(source, Adapter):
         return source.metadata.get("modelspec.title") or f"adapter {number}"
-    path = Path(source).expanduser().resolve()
-    run = path if path.is_dir() else hub.run_of(path)
+    path = expanded(source).resolve()
+    run = path if is_folder(path) else hub.run_of(path)
     return path.stem if run is None else run.name
 
 
@@ -132,7 +133,7 @@ def _taken(parts: Any) -> list[_Part]:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
         if not is_number:
             raise AdapterError(f"the weight of part {number} is {weight!r}; a number is needed, such as 0.6")
-        adapter = source if isinstance(source, Adapter) else Adapter.load(Path(source).expanduser())
+        adapter = source if isinstance(source, Adapter) else Adapter.load(expanded(source))
         taken.append(_Part(name_of(source, number), adapter, float(weight)))
     return taken
 

@@ -153,7 +153,7 @@ class AlignPropPipeline(DiffusionPipeline):
             reward: a reward, an expression (`"clip + 0.1*jpeg"`), or a function `(images, prompts) -> [batch]` of
                 pictures [batch, 3, height, width] in [0, 1] that keeps the gradient. What `zscore` and `scaled` need
                 is measured on pictures of the base model first; `result.reward` holds the numbers.
-            prompts: a list, a .txt, .csv or .jsonl file, the name of a set that ships inside, or a PromptSet.
+            prompts: a list, a .txt, .csv, .tsv or .jsonl file, the name of a set that ships inside, or a PromptSet.
             config: all settings; default: the model's own preset where it has one.
             out: folder for adapter, curve, pictures and report; None writes nothing.
             on_step: called with every record; step 0 holds the evidence before training. It ends the run by raising

@@ -1,8 +1,9 @@
 """Prompts: a list, a file or a named set becomes a `PromptSet`, which is split and drawn from by seed alone.
 
-Files are UTF-8. `.txt`: one prompt a line; blank lines and lines that start with # are left out. `.jsonl`: one
-object a line with the key "prompt"; `.csv`: a first line of names, one of them "prompt". All other columns are
-targets: they travel with their prompt to the reward. An empty CSV cell is None, as JSON's null is.
+Files are UTF-8, or UTF-16 with a byte order mark. `.txt`: one prompt a line; blank lines and lines that start with #
+are left out. `.jsonl`: one object a line with the key "prompt". `.csv`, and `.tsv` with tabs: a first line of names,
+one of them "prompt". All other columns are targets: they travel with their prompt to the reward. An empty cell is
+None, as JSON's null is.
 """
 
 import csv
@@ -13,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,14 +22,17 @@ from typing import Any, NamedTuple
 import torch
 
 from alignprop_pipe.errors import PromptError
+from alignprop_pipe.files import decoded
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.sources import exists, expanded
 
 SETS_DIR = Path(__file__).parent / "prompt_sets"
 FEWEST_TO_HOLD_OUT = 8
 """Different prompts that are enough to hold some out. Half of fewer would be three at most: a mean of three is known
 to 4.3 standard errors only (Student's t, 95 %), and the training would lack a good part of what it is meant for."""
-FORMATS = ".txt (one prompt a line), .jsonl or .csv (with a column 'prompt')"
+PROMPT = "prompt"
+FORMATS = ".txt (one prompt a line), .jsonl, .csv or .tsv (with a column 'prompt')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,14 @@ class PromptSet:
                     f"target {name!r} has {len(column)} values for {len(self.prompts)} prompts; "
                     "one value per prompt is needed (None where nothing is known)"
                 )
+            check_whole((name, column), f"target {name!r}")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @classmethod
     def load(cls, source: object) -> "PromptSet":
-        """Read a list of prompts, a file (.txt, .jsonl, .csv), or a named set (see `named_sets`).
+        """Read a list of prompts, a file (.txt, .jsonl, .csv, .tsv), or a named set (see `named_sets`).
 
         A list is taken word for word and gets no targets. A name of a set goes before a file of the same name:
         write "./emoji" for the file. Raises PromptError, which says what is wrong and where.
@@ -176,10 +181,24 @@ def _check_prompt(prompt: object, where: str) -> None:
         raise PromptError(f"{where} is {prompt!r}, which is {type(prompt).__name__}; text is needed")
     if not prompt.strip():
         raise PromptError(f"{where} is empty; write what the picture should show, or leave it out")
+    check_whole(prompt, where)
+
+
+def check_whole(value: object, where: str) -> None:
+    """Raises PromptError for half a character in a text, or in one inside a list or a table: no tokenizer takes it."""
+    if isinstance(value, str):
+        half = next((letter for letter in value if "\ud800" <= letter <= "\udfff"), None)
+        if half is not None:
+            raise PromptError(f"{where} holds half a character ({half!r} in {value!r}); write the whole one")
+    elif isinstance(value, Mapping):
+        check_whole([*value, *value.values()], where)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            check_whole(one, where)
 
 
 def _from_file(source: str) -> PromptSet:
-    path = Path(source)
+    path = expanded(source)
     if path.suffix.lower() not in READERS:
         raise PromptError(_not_a_source(source))
     return _read(path)
@@ -187,27 +206,24 @@ def _from_file(source: str) -> PromptSet:
 
 def _read(path: Path) -> PromptSet:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = decoded(path.read_bytes())
     except FileNotFoundError as error:
         close = difflib.get_close_matches(path.stem.lower(), named_sets(), n=1)
         hint = f"; did you mean the named set {close[0]!r}?" if close else "; check the path"
         raise PromptError(f"prompt file {str(path)!r} does not exist in {str(Path.cwd())!r}{hint}") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"prompt file {str(path)!r} is not UTF-8 text: {error}; save it again as UTF-8") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise PromptError(f"prompt file {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise PromptError(f"prompt file {str(path)!r} cannot be read: {error}") from error
     return _from_rows(list(READERS[path.suffix.lower()](text, str(path))), str(path))
 
 
 def _not_a_source(source: str) -> str:
     """What to say of a text that is neither a named set nor a prompt file."""
-    try:
-        exists = Path(source).exists()
-    except OSError:  # longer than a file name can be
-        exists = False
-    if exists and source:
+    if source and exists(source):
         return f"{source!r} is not a prompt file by its name; a file {FORMATS} is needed"
     close = difflib.get_close_matches(source.lower(), named_sets(), n=1)
+    source = source if len(source) < 100 else f"{source[:99]}…"
     hint = f"did you mean {close[0]!r}? Named" if close else "named"
     return (
         f"prompts {source!r} are no named set and no prompt file; {hint} sets: {', '.join(named_sets())}; "
@@ -218,13 +234,12 @@ def _not_a_source(source: str) -> str:
 def _from_rows(rows: Sequence[Row], name: str) -> PromptSet:
     if not rows:
         raise PromptError(f"prompt file {name!r} holds no prompts; at least one is needed")
+    rows = [Row(row.line, _with_prompt(row.columns, f"{name}, line {row.line}")) for row in rows]
     first = rows[0]
     for row in rows:
         where = f"{name}, line {row.line}"
-        if "prompt" not in row.columns:
-            found = ", ".join(map(repr, row.columns)) or "nothing"
-            raise PromptError(f"{where}: there is no 'prompt', only {found}; name the column of prompts 'prompt'")
-        _check_prompt("" if row.columns["prompt"] is None else row.columns["prompt"], f"{where}: the prompt")
+        check_whole(row.columns, where)
+        _check_prompt("" if row.columns[PROMPT] is None else row.columns[PROMPT], f"{where}: the prompt")
         odd = sorted(row.columns.keys() ^ first.columns.keys())
         if odd:
             lacking, having = (row, first) if odd[0] in first.columns else (first, row)
@@ -232,9 +247,21 @@ def _from_rows(rows: Sequence[Row], name: str) -> PromptSet:
                 f"{name}, line {lacking.line} has no {odd[0]!r}, which line {having.line} has; "
                 "give every line the same columns, with null where nothing is known"
             )
-    names = [column for column in first.columns if column != "prompt"]
+    names = [column for column in first.columns if column != PROMPT]
     targets = {column: tuple(row.columns[column] for row in rows) for column in names}
-    return PromptSet(tuple(row.columns["prompt"] for row in rows), targets)
+    return PromptSet(tuple(row.columns[PROMPT] for row in rows), targets)
+
+
+def _with_prompt(columns: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The columns with that of the prompts called `prompt`, however its capitals were written."""
+    named = [name for name in columns if name.strip().lower() == PROMPT]
+    if PROMPT in columns:
+        return columns
+    if len(named) == 1:
+        return {PROMPT if name == named[0] else name: value for name, value in columns.items()}
+    found = ", ".join(map(repr, columns)) or "nothing"
+    wrong = f"{' and '.join(map(repr, named))} may all be meant" if named else f"there is no 'prompt', only {found}"
+    raise PromptError(f"{where}: {wrong}; name the column of prompts 'prompt'")
 
 
 def _txt_rows(text: str, name: str) -> Iterator[Row]:
@@ -242,7 +269,7 @@ def _txt_rows(text: str, name: str) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         prompt = line.strip()
         if prompt and not prompt.startswith("#"):
-            yield Row(number, {"prompt": prompt})
+            yield Row(number, {PROMPT: prompt})
 
 
 def _jsonl_rows(text: str, name: str) -> Iterator[Row]:
@@ -258,20 +285,21 @@ def _jsonl_rows(text: str, name: str) -> Iterator[Row]:
         yield Row(number, columns)
 
 
-def _csv_rows(text: str, name: str) -> Iterator[Row]:
+def _csv_rows(text: str, name: str, delimiter: str = ",") -> Iterator[Row]:
     # strict: a quote that is never closed would otherwise swallow the rest of the file without a word.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True, delimiter=delimiter)
+    between = "commas" if delimiter == "," else "tabs"
     header: list[str] = []
     try:
         for cells in ([cell.strip() for cell in line] for line in reader):
             if not any(cells):
                 continue
             if not header:
-                header = _csv_header(cells, name)
+                header = _csv_header(cells, name, between)
             elif len(cells) != len(header):
                 raise PromptError(
                     f"{name}, line {reader.line_num} has {len(cells)} cells for {len(header)} columns; "
-                    "put a text that contains commas in double quotes"
+                    f"put a text that contains {between} in double quotes"
                 )
             else:
                 yield Row(reader.line_num, dict(zip(header, (cell or None for cell in cells), strict=True)))
@@ -279,11 +307,11 @@ def _csv_rows(text: str, name: str) -> Iterator[Row]:
         raise PromptError(f"{name}, line {reader.line_num} is not CSV: {error}; check the double quotes") from error
 
 
-def _csv_header(cells: list[str], name: str) -> list[str]:
-    if "prompt" not in cells:
+def _csv_header(cells: list[str], name: str, between: str) -> list[str]:
+    if PROMPT not in map(str.lower, cells):
         raise PromptError(
             f"{name}: there is no column 'prompt' in the first line, only {', '.join(map(repr, cells))}; the first "
-            "line names the columns, with commas between them"
+            f"line names the columns, with {between} between them"
         )
     if "" in cells or len(set(cells)) < len(cells):
         raise PromptError(f"{name}: a column has no name, or two have the same, in {cells}; give each its own")
@@ -292,6 +320,7 @@ def _csv_header(cells: list[str], name: str) -> list[str]:
 
 READERS: Mapping[str, Callable[[str, str], Iterator[Row]]] = {
     ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
     ".jsonl": _jsonl_rows,
     ".txt": _txt_rows,
 }

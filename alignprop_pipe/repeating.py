@@ -29,7 +29,7 @@ from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.expression import read_expression
 from alignprop_pipe.rewards.python import PythonReward, reference
 from alignprop_pipe.rewards.registry import REGISTRY
-from alignprop_pipe.sources import exists, on_hub
+from alignprop_pipe.sources import exists, expanded, on_hub
 
 TUPLE, TABLE, DESCRIBED = "tuple", "table", "described"
 """Keys of the one-entry tables that stand for what JSON does not know."""
@@ -311,7 +311,7 @@ def _by_whole_paths(reward: Reward) -> Reward:
     source = reward._args[0] if reward._args else reward._kwargs["source"]
     if isinstance(source, str):
         place, _, name = source.rpartition(":")
-        place = str(Path(place).expanduser().absolute()) if place.endswith(".py") else _findable(place)
+        place = str(expanded(place).absolute()) if place.endswith(".py") else _findable(place)
     else:
         place, name = _place(source, reward.name)
     twin = copy.copy(reward)  # made anew, it would run the file again

@@ -26,7 +26,7 @@ from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, write_whole
 from alignprop_pipe.loss import best_of
 from alignprop_pipe.records import Change, Evidence, StepRecord
-from alignprop_pipe.sources import exists
+from alignprop_pipe.sources import exists, is_folder
 from alignprop_pipe.summary import warnings_of
 
 When = Literal["before", "during", "after"]
@@ -285,12 +285,13 @@ def read_metrics(path: str | Path) -> list[StepRecord]:
     Raises RunError where the file is missing or another line is damaged.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         path /= "metrics.jsonl"
     try:
         *lines, unfinished = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunError(f"{str(path)!r} cannot be read: {error.strerror or error}; a run folder is needed") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{str(path)!r} cannot be read: {reason}; a run folder is needed") from error
     del unfinished  # empty, or what a kill left of the last line
     records = []
     for number, line in enumerate(lines, start=1):

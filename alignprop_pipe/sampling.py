@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from alignprop_pipe import drawings, room, stock
 from alignprop_pipe.config import SamplingOptions
+from alignprop_pipe.prompts import check_whole
 from alignprop_pipe.seeds import SeededDraws, generator_for
 
 SMALLEST_SHOWN = 256
@@ -51,9 +52,11 @@ def sample_pictures(
 ) -> Iterator[Picture]:
     """Render `num` pictures of every prompt, `batch_size` at once.
 
-    `call_kwargs` are further arguments of this pipeline. Raises PipelineError, and ConfigError for more than the memory
-    can hold.
+    `call_kwargs` are further arguments of this pipeline. Raises PipelineError, PromptError for half a character, and
+    ConfigError for more than the memory can hold.
     """
+    for number, prompt in enumerate(prompts, start=1):
+        check_whole(prompt, f"prompt {number}")
     wanted = [(prompt, number) for prompt in prompts for number in range(num)]
     room.check_drawing(pipe, sampling, call_kwargs, min(batch_size, len(wanted)))
     for first in range(0, len(wanted), batch_size):

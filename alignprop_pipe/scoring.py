@@ -26,9 +26,12 @@ from alignprop_pipe.records import Images, PromptBatch
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.guard import check_reward
 from alignprop_pipe.seeds import generator_for
+from alignprop_pipe.sources import exists, expanded, is_folder
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
+FILE = "file"
+"""The column of a table of prompts that says which picture a row is about."""
 HELD_BATCHES = 4
 """So many batches of decoded pictures wait at most for others of their size."""
 
@@ -81,13 +84,13 @@ def find_pictures(places: Iterable[Path]) -> list[Found | Skipped]:
     PromptError for a place that is not there, and where there is no picture at all.
     """
     found: dict[Path, Found | Skipped] = {}
-    places = list(places)
+    places = [expanded(place) for place in places]
     for place in places:
-        if not place.exists():
+        if not exists(place):
             raise PromptError(f"there is no file or folder {str(place)!r}")
-        for path in _inside(place) if place.is_dir() else (place,):
+        for path in _inside(place) if is_folder(place) else (place,):
             if path.resolve() not in found:
-                found[path.resolve()] = read_head(path, sheets=not place.is_dir())
+                found[path.resolve()] = read_head(path, sheets=not is_folder(place))
     if not found:
         raise PromptError(f"there is no {', '.join(SUFFIXES)} file in {', '.join(map(str, places))}")
     return list(found.values())
@@ -172,8 +175,9 @@ def assign(found: Sequence[Found], prompts: PromptSet) -> list[Task]:
     Rows are found by a column "file" (a path, or the file's name); else by the prompts in the files, where each has one
     and all are in the set; else by order. Raises PromptError that says what does not fit.
     """
-    if "file" in prompts.targets:
-        return [_task(picture, prompts, _row_of(picture.path, prompts.targets["file"])) for picture in found]
+    named = next((column for name, column in prompts.targets.items() if name.strip().lower() == FILE), None)
+    if named is not None:
+        return [_task(picture, prompts, _row_of(picture.path, named)) for picture in found]
     places = {prompt: place for place, prompt in reversed(list(enumerate(prompts.prompts)))}
     if all(picture.prompt in places for picture in found):
         return [_task(picture, prompts, places[picture.prompt]) for picture in found if picture.prompt is not None]
@@ -200,7 +204,7 @@ def _row_of(path: Path, files: Sequence[Any]) -> int:
 
 
 def _task(picture: Found, prompts: PromptSet, place: int) -> Task:
-    targets = {name: column[place] for name, column in prompts.targets.items() if name != "file"}
+    targets = {name: column[place] for name, column in prompts.targets.items() if name.strip().lower() != FILE}
     return Task(picture.path, prompts.prompts[place], targets)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from alignprop_pipe.errors import PipelineError
+from alignprop_pipe.sources import is_file
 
 CONFIGS = Path(__file__).parent / "single_file_configs"
 """A folder for each kind in diffusers' format, without weights and vocabularies."""
@@ -143,9 +144,9 @@ def opened(path: str, kwargs: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
     `kwargs` are those of `from_single_file`; of them, those count that say how a link is downloaded.
     """
-    if Path(path).suffix == ".safetensors" and Path(path).is_file():
+    if Path(path).suffix == ".safetensors" and is_file(path):
         return Weights(Path(path))
-    if not Path(path).is_file() and not path.startswith((*VALID_URL_PREFIXES, "http://", "https://")):
+    if not is_file(path) and not path.startswith((*VALID_URL_PREFIXES, "http://", "https://")):
         raise PipelineError(f"there is no file {path!r}; give the path of a checkpoint, or a link to one on the Hub")
     return cast(
         dict[str, Tensor],

@@ -13,12 +13,14 @@ from pathlib import Path
 from alignprop_pipe.errors import HubError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LONGEST_ID = 96
+"""Letters of a name on the Hub, with its owner."""
 PREFIXED = re.compile(r"hf:/{1,2}(?P<name>[^@/\s]+/[^@/\s]+)(?:@(?P<revision>\S+))?/?")
 """One slash too, since a `Path` makes one of two."""
 
 FILES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"),
-    *(".json", ".jsonl", ".toml", ".yaml", ".yml", ".txt", ".csv", ".png", ".zip"),
+    *(".json", ".jsonl", ".toml", ".yaml", ".yml", ".txt", ".csv", ".tsv", ".png", ".zip"),
 )
 FOLDERS = (
     *("run", "sample", "output", "out", "result", "model", "lora", "adapter", "checkpoint", "ckpt", "weight"),
@@ -54,7 +56,7 @@ def on_hub(source: str | os.PathLike) -> HubName | None:
     text = _text(source)
     if text.startswith("hf:/"):
         found = PREFIXED.fullmatch(text)
-        if found is None or not HUB_ID.fullmatch(found["name"]):
+        if found is None or not HUB_ID.fullmatch(found["name"]) or len(found["name"]) > LONGEST_ID:
             raise HubError(f"{text!r} is no name on the Hub: hf://me/name is needed, or hf://me/name@revision")
         return HubName(found["name"], found["revision"])
     return None if exists(text) or may_be_path(text) else HubName(text)
@@ -62,7 +64,7 @@ def on_hub(source: str | os.PathLike) -> HubName | None:
 
 def may_be_path(text: str) -> bool:
     """Whether a word that is neither file nor folder here may have been meant as one."""
-    if not HUB_ID.fullmatch(text):
+    if not HUB_ID.fullmatch(text) or len(text) > LONGEST_ID:
         return True
     first, name = text.split("/")
     return (
@@ -73,12 +75,28 @@ def may_be_path(text: str) -> bool:
     )
 
 
+# The functions of os.path answer for any text at all; those of pathlib raise for one that is too long, holds a NUL or
+# half a character, or begins with the home of somebody who is not known here.
+
+
+def expanded(source: str | os.PathLike) -> Path:
+    """The path, with `~` as the home folder; the home of somebody who is not known here stays as it was written."""
+    return Path(os.path.expanduser(source))  # noqa: PTH111
+
+
 def exists(source: str | os.PathLike) -> bool:
-    """Whether there is such a file or folder; false also for a name that no file system takes."""
-    try:
-        return Path(source).exists()
-    except (OSError, ValueError):
-        return False
+    """Whether there is such a file or folder here; any text may be asked about."""
+    return os.path.exists(source)  # noqa: PTH110
+
+
+def is_file(source: str | os.PathLike) -> bool:
+    """Whether there is such a file here; any text may be asked about."""
+    return os.path.isfile(source)  # noqa: PTH113
+
+
+def is_folder(source: str | os.PathLike) -> bool:
+    """Whether there is such a folder here; any text may be asked about."""
+    return os.path.isdir(source)  # noqa: PTH112
 
 
 def hub_hint(source: str | os.PathLike) -> str:

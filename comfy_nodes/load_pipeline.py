@@ -36,10 +36,10 @@ class LoadPipeline(io.ComfyNode):
     def validate_inputs(cls, id_or_folder: Any = "") -> bool | str:
         text = cleaned(id_or_folder or "")
         from alignprop_pipe.errors import HubError
-        from alignprop_pipe.sources import exists, hub_hint, on_hub
+        from alignprop_pipe.sources import exists, expanded, hub_hint, on_hub
 
         try:
-            if text in ("", "emoji") or exists(Path(text).expanduser()) or on_hub(text) is not None:
+            if text in ("", "emoji") or exists(expanded(text)) or on_hub(text) is not None:
                 return True
         except HubError as error:
             return str(error)
@@ -53,12 +53,13 @@ class LoadPipeline(io.ComfyNode):
     def execute(cls, model: str = BUNDLED, id_or_folder: str = "", dtype: str = "auto") -> io.NodeOutput:
         with host.working():
             from alignprop_pipe import AlignPropPipeline
+            from alignprop_pipe.sources import expanded, is_file
 
             text = cleaned(id_or_folder)
             home = text.startswith("~")  # else the text as it is: a Path would take a / out of hf://
-            source = str(Path(text).expanduser()) if home else text or str(_path_of(model))
+            source = str(expanded(text)) if home else text or str(_path_of(model))
             options = {"dtype": _dtype(dtype)}
-            if Path(source).is_file():
+            if is_file(source):
                 pipe = AlignPropPipeline.from_single_file(source, tokenizer_folder=host.tokenizer_folder(), **options)
             else:
                 pipe = AlignPropPipeline.from_pretrained(source, **options)

@@ -47,11 +47,12 @@ def loaded(source: str, text: str, file: str) -> Any:
 
     if source == TEXT:
         return PromptSet.load([line.strip() for line in text.splitlines() if line.strip()])
-    return PromptSet.load(Path(cleaned(file)).expanduser() if source == FILE else source)
+    return PromptSet.load(Path(cleaned(file)) if source == FILE else source)
 
 
 SOURCE = "the text box, a file, or a set that comes with AlignProp (emoji is for the bundled model)"
 FILE_TIP = (
-    "a .txt file with a prompt a line, or .csv or .jsonl with a column 'prompt'; more columns tell rewards what counts"
+    "a .txt file with a prompt a line, or .csv, .tsv or .jsonl with a column 'prompt'; more columns tell rewards what "
+    "counts"
 )
 EXAMPLE = "a fox in the snow\na red bicycle by the sea\ntwo cats on a sofa\na lighthouse at night"

@@ -15,6 +15,7 @@ from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, leaves
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.rewards.code import BY_TEXT, WAY_OUT, refuse_code
 from alignprop_pipe.rewards.registry import REGISTRY, RewardEntry
+from alignprop_pipe.sources import expanded, is_file
 
 Kind = Literal["INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"]
 
@@ -323,8 +324,8 @@ def fingerprint(*paths: str) -> str:
     """Changes with a file's time and size, so that a node with a changed file runs again; a folder by its index."""
     parts = []
     for path in map(Path, filter(None, map(cleaned, paths))):
-        for file in (path.expanduser(), path.expanduser() / "model_index.json"):
-            if file.is_file():
+        for file in (expanded(path), expanded(path) / "model_index.json"):
+            if is_file(file):
                 about = file.stat()
                 parts.append(f"{file.name}:{about.st_mtime_ns}:{about.st_size}")
     return " ".join(parts)

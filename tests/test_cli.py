@@ -525,6 +525,26 @@ def test_sample_writes_pictures_that_say_how_they_were_made(model: Path, adapter
     assert str(place) not in str(about)
 
 
+def test_sample_draws_any_text(model: Path, place: Path) -> None:
+    """What is no path is a prompt, whatever its letters; half a character is refused before the model is loaded."""
+    texts = [
+        "a fox " * 50,
+        "a" * 256,
+        "~nobody-here is a fox",
+        "a fox\nin the snow",
+        "../ is a place",
+        "🦊" * 120,
+        "? / *",
+    ]
+    result = run("sample", model, *texts, "--out", "drawn", "--num-inference-steps", 1, "--height", 16, "--width", 16)
+    assert result.exit_code == 0, result.output
+    found = [Image.open(path).text["prompt"] for path in sorted(Path("drawn").glob("0*.png"))]  # pyright: ignore[reportAttributeAccessIssue]
+    assert found == texts
+    refused = run("sample", model, "a fox", "a \udcff", "--out", "drawn")
+    assert refused.exit_code == 2
+    assert "prompt 2 holds half a character" in refused.stderr
+
+
 def test_sample_overwrites_nothing_and_repeats_by_seed(model: Path, place: Path) -> None:
     for words in (["a dog"], ["a cat", "a dog"]):
         assert run("sample", model, *words, "--num-inference-steps", "2", "--out", "p").exit_code == 0

@@ -118,12 +118,12 @@ def test_emoji_set_has_the_words_of_the_bundled_model(monkeypatch):
         ("emojii", "did you mean 'emoji'"),
         ("Animals", "did you mean 'animals'"),
         ("", "named sets: animals, emoji, objects"),
-        ("a dog on the moon", r"\.jsonl or \.csv.*single prompt into a list"),
+        ("a dog on the moon", r"\.csv or \.tsv.*single prompt into a list"),
         ("word " * 500, "single prompt into a list"),
         ("dogs\0.txt", "cannot be read"),
         ("nowhere/dogs.txt", "does not exist.*check the path"),
         ("emoij.txt", "did you mean the named set 'emoji'"),
-        ("dogs.json", r"\.jsonl or \.csv"),
+        ("dogs.json", r"\.jsonl, \.csv or \.tsv"),
     ],
 )
 def test_a_wrong_source_is_told_the_way_out(source, way_out):
@@ -136,8 +136,17 @@ def test_a_wrong_source_is_told_the_way_out(source, way_out):
     [
         ("p.txt", "", "holds no prompts"),
         ("p.txt", "# only this\n\n", "holds no prompts"),
-        ("p.txt", b"caf\xe9", "save it again as UTF-8"),
-        ("p.txt", "a dog".encode("utf-16"), "save it again as UTF-8"),
+        ("p.txt", b"caf\xe9", "line 1 is not UTF-8 text; save the file again as UTF-8"),
+        ("p.txt", b"a dog\na cat\n\xff fox", "line 3 is not UTF-8 text"),
+        ("p.txt", "a dog".encode("utf-16-le"), "line 1 holds a zero byte"),
+        ("p.csv", "\ufeffprompt\na dog\n".encode("utf-16-le") + b"\x3d\xd8", "line 3 is not UTF-16 text"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a dog \\ud83d"}', "line 2 holds half a character"),
+        ("p.jsonl", '{"prompt": "a", "n": ["\\udc36"]}', "line 1 holds half a character"),
+        ("p.jsonl", '{"prompt": "a", "\\udc36": 1}', "line 1 holds half a character"),
+        ("p.txt", b"a dog \xed\xa0\xbd", "line 1 is not UTF-8 text"),
+        ("p.csv", "Prompt,PROMPT\na,b", "'Prompt' and 'PROMPT' may all be meant"),
+        ("p.tsv", "prompt\ttext\na\tb\tc", "put a text that contains tabs"),
+        ("p.tsv", "prompts,n\na,1", "with tabs between them"),
         ("p.jsonl", "", "holds no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
         ("p.jsonl", "[" * 100_000, "line 1 is not JSON"),
@@ -164,6 +173,26 @@ def test_a_wrong_file_is_told_the_way_out(tmp_path, name, text, way_out):
     with pytest.raises(PromptError, match=way_out) as caught:
         PromptSet.load(written(tmp_path, name, text))
     assert "p." in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a fox\na 🐶\n"),
+        ("p.csv", "Prompt,n\na fox,1\na 🐶,2\n"),
+        ("p.tsv", "n\tPROMPT\n1\ta fox\n2\ta 🐶\n"),
+        ("p.jsonl", '{"Prompt": "a fox"}\n{"prompt": "a \\ud83d\\udc36"}\n'),
+    ],
+)
+def test_any_case_of_the_column_and_any_encoding_that_says_so(tmp_path, encoding, name, text):
+    assert PromptSet.load(written(tmp_path, name, text.encode(encoding))).prompts == ("a fox", "a 🐶")
+
+
+@pytest.mark.parametrize("source", [["a dog", "a \ud83d"], ["\udcff"]])
+def test_half_a_character_is_refused_before_anything_is_drawn(source):
+    with pytest.raises(PromptError, match=rf"prompt {len(source)} holds half a character"):
+        PromptSet.load(source)
 
 
 def test_files_that_cannot_be_prompts(tmp_path, monkeypatch):

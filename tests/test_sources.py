@@ -1,5 +1,7 @@
 """What is taken for a name on the Hub; what may be a mistyped path is told at once, and no socket is opened for it."""
 
+import contextlib
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -7,18 +9,27 @@ from typing import Any
 import miniatures
 import pytest
 import torch
+import typer
 from hub_server import Hub
 from huggingface_hub import constants, hf_api
 from test_hub import server as server  # a fixture
 from typer.testing import CliRunner
 
-from alignprop_pipe import Adapter, AlignPropPipeline
+from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, PromptSet, parse_reward
+from alignprop_pipe.adapter_files import located
+from alignprop_pipe.bundled import is_bundled
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.cli.drawing import check_out
+from alignprop_pipe.cli.opening import check_model, is_model
+from alignprop_pipe.cli.planning import SettingsFile
 from alignprop_pipe.errors import AlignError, HubError, PipelineError, RewardError
 from alignprop_pipe.inspection import inspect_adapter
 from alignprop_pipe.mixing import mix
+from alignprop_pipe.rewards.python import load_module
 from alignprop_pipe.rewards.weights import place_of
-from alignprop_pipe.sources import HubName, hub_hint, on_hub
+from alignprop_pipe.runs import check_place, read_metrics
+from alignprop_pipe.scoring import find_pictures
+from alignprop_pipe.sources import HubName, exists, expanded, hub_hint, is_file, is_folder, on_hub
 
 NAMES = [
     "lora-library/x", "THUDM/ImageReward", "h94/IP-Adapter", "test-org/x", "me/step-by-step", "me/v1.0", "123/x",
@@ -192,3 +203,81 @@ def test_a_model_from_the_hub_by_its_hf_name(
     assert pipe.name_or_path == "models/tiny"
     weights = miniatures.sd15().unet.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in pipe.unet.state_dict().items())
+
+
+# --- any text may be asked about -------------------------------------------------------------------------------------
+
+TEXTS = [
+    "a fox " * 50, "a" * 256, "dir/" * 2000, "a\0b", "a fox\nin the snow", "~nobody-here/x", "~", "~/" + "x" * 300,
+    "..", "../" * 40, "/", "a/" + "b" * 300, "🦊" * 120, "\ud83d", "\udcff/x", " ", "", "CON", "a:b", "*?<>|", "\t",
+    "a\rb",     "x" * 300 + ".safetensors", "\0.json", "y" * 300 + ".txt", "\ud83d.csv", "z" * 300 + ".py",
+]  # fmt: skip
+
+
+def asked(question: Any, *arguments: Any) -> Any:
+    """The answer, or the name of the error of ours that it ends with."""
+    try:
+        return question(*arguments)
+    except (AlignError, typer.BadParameter) as error:
+        return type(error).__name__
+
+
+@pytest.mark.usefixtures("place", "no_network")
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:20]))
+def test_no_question_about_a_path_fails_on_any_text(text: str) -> None:
+    assert exists(text) == (is_file(text) or is_folder(text))
+    assert isinstance(expanded(text), Path)
+    assert isinstance(is_model(text), bool)
+    assert not is_bundled(text)
+    questions: list[Any] = [on_hub, PromptSet.load, place_of, parse_reward, located, inspect_adapter, check_model]
+    questions += [
+        lambda t: find_pictures([Path(t)]),
+        lambda t: SettingsFile.read(Path(t)),
+        lambda t: check_out(Path(t)),
+    ]
+    questions += [check_place, AlignConfig.load, read_metrics, load_module]
+    for question in questions:
+        asked(question, text)
+    with contextlib.suppress(OSError):  # a folder that is there and holds no model, as the stock class says it
+        asked(AlignPropPipeline.from_pretrained, text)
+
+
+COMMANDS = [
+    ["train", "{}", "--reward", "brightness", "--prompt", "a dog", "--dry-run"],
+    ["train", "--reward", "{}", "--dry-run"],
+    ["train", "--prompts", "{}", "--dry-run"],
+    ["train", "--config", "{}", "--dry-run"],
+    ["train", "--import", "{}.py", "--dry-run"],
+    ["sample", "--adapter", "{}", "a dog"],
+    ["sample", "{}.safetensors", "a dog"],
+    ["score", "{}", "--reward", "brightness"],
+    ["score", "cats", "--reward", "brightness", "--prompts", "{}"],
+    ["score", "cats", "--reward", "brightness", "--csv", "{}/x.csv"],
+    ["mix", "{}=1", "--out", "b.safetensors"],
+    ["mix", "{}", "--sweep", "0:1:1", "--out", "b.png"],
+    ["export", "{}", "--to", "comfyui", "--out", "b.safetensors"],
+    ["inspect", "{}"],
+    ["push", "{}", "me/x"],
+]
+
+
+@pytest.mark.usefixtures("place", "no_network")
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_no_command_fails_on_a_text_that_is_no_path(words: list[str]) -> None:
+    for text in ("a fox " * 50, "a\0b", "~nobody-here/x", "\udcff", "🦊" * 120):
+        result = CliRunner().invoke(app, [word.replace("{}", text) for word in words])
+        assert result.exit_code in (1, 2), (text, result.output, result.exception)
+        assert not [
+            word
+            for word in ("unexpected", "Errno", "codec", "embedded", "Value error", "Input should")
+            if word in result.stderr
+        ], text
+
+
+def test_paths_are_asked_about_in_one_way() -> None:
+    """pathlib raises for a text that no file system takes, so what a user wrote goes through sources.py."""
+    asks = re.compile(r"\.expanduser\(|Path\([\w.\[\]]+\)\.(is_file|is_dir|exists)\(")
+    root = Path(__file__).parents[1]
+    files = [*root.glob("alignprop_pipe/**/*.py"), *root.glob("comfy_nodes/**/*.py")]
+    found = [file.name for file in files if file.name != "sources.py" and asks.search(file.read_text(encoding="utf-8"))]
+    assert found == []

@@ -25,9 +25,10 @@ from alignprop_pipe.cli.options import (
     options_from,
 )
 from alignprop_pipe.cli.planning import Plan, open_planned, planned
+from alignprop_pipe.cli.usage import Commands
 from alignprop_pipe.config import AlignConfig, SamplingOptions
 from alignprop_pipe.errors import AlignError
-from alignprop_pipe.sources import hub_hint, on_hub
+from alignprop_pipe.sources import expanded, hub_hint, is_file, is_folder, on_hub
 
 if TYPE_CHECKING:
     from alignprop_pipe.result import AlignResult
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -247,6 +249,7 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
         find_device(request.device)
     with problems.noted():
         prompts = prompts or _default_prompts(model, request.seed)
+        _check_words(prompts)
     with problems.noted():
         window_from_text(request.window or "0-1")
     with problems.noted():
@@ -269,9 +272,9 @@ def _adapter_file(request: SampleRequest) -> Path | None:
             flag = next(flag for flag, is_given in given.items() if is_given)
             raise typer.BadParameter("an adapter is needed: add --adapter FILE", param_hint=flag)
         return None
-    path = request.adapter.expanduser()
-    path = path / "adapter.safetensors" if path.is_dir() else path
-    if path.is_file():
+    path = expanded(request.adapter)
+    path = path / "adapter.safetensors" if is_folder(path) else path
+    if is_file(path):
         return path
     if on_hub(request.adapter) is None:
         hint = hub_hint(request.adapter)
@@ -280,6 +283,14 @@ def _adapter_file(request: SampleRequest) -> Path | None:
 
     local(request.adapter)  # before the model is loaded, since it may not be there
     return request.adapter
+
+
+def _check_words(prompts: list[str]) -> None:
+    """Raises PromptError for a prompt that cannot be drawn. An empty one can: it asks for any picture."""
+    from alignprop_pipe.prompts import check_whole
+
+    for number, prompt in enumerate(prompts, start=1):
+        check_whole(prompt, f"prompt {number}")
 
 
 def _default_prompts(model: str, seed: int) -> list[str]:
@@ -337,7 +348,7 @@ def prompts(request: ListRequest) -> None:
         {"name": name, "prompts": len(found), "first": found.prompts[0], "targets": ", ".join(found.targets)}
         for name, found in named_sets().items()
     ]
-    _list(request, rows, "or a file: .txt with a prompt a line, .jsonl or .csv with a column 'prompt'")
+    _list(request, rows, "or a file: .txt with a prompt a line, .jsonl, .csv or .tsv with a column 'prompt'")
 
 
 def _list(request: ListRequest, rows: list[dict[str, Any]], more: str) -> None:

@@ -55,7 +55,7 @@ class Sheet:
             "negative_prompt": self.sampling.negative_prompt,
             "seed": str(self.request.seed),
             "number": str(picture.number),
-            "model": Path(self.model).name if Path(self.model).exists() else self.model,
+            "model": Path(self.model).name if exists(self.model) else self.model,
             "adapter": "" if self.adapter is None else _public(self.adapter),
             "scale": "" if self.adapter is None else f"{self.scale:g}",
             "window": self.request.window or "",

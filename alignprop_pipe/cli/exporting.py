@@ -11,6 +11,7 @@ from alignprop_pipe.cli import console
 from alignprop_pipe.cli.opening import open_pipeline
 from alignprop_pipe.cli.options import OUTPUT, Common, options_from
 from alignprop_pipe.escaping import one_line
+from alignprop_pipe.sources import exists, expanded
 
 if TYPE_CHECKING:
     import torch
@@ -104,16 +105,16 @@ def export(request: ExportRequest) -> None:
     SHA-256 of every file is printed.
     """
     output = console.Output(quiet=request.quiet, json=request.json)
-    out = request.out.expanduser()
+    out = expanded(request.out)
     if request.model is not None and request.to != "merged":
         raise typer.BadParameter("a model is needed for --to merged alone", param_hint="--model")
-    if out.exists():
+    if exists(out):
         raise typer.BadParameter(f"{str(out)!r} exists already and is not overwritten", param_hint="--out")
     console.quiet_libraries(output)
     from alignprop_pipe.adapter import Adapter
     from alignprop_pipe.inspection import inspect_adapter, sha256_of
 
-    adapter = Adapter.load(request.adapter.expanduser(), allow_pickle=request.allow_pickle)
+    adapter = Adapter.load(expanded(request.adapter), allow_pickle=request.allow_pickle)
     output.say(f"read: {adapter}")
     if request.to == "merged":
         files = _merged(adapter, out, request, output)
@@ -159,7 +160,7 @@ def inspect(request: InspectRequest) -> None:
     console.quiet_libraries(output)
     from alignprop_pipe.inspection import inspect_adapter
 
-    found = inspect_adapter(request.file.expanduser(), allow_pickle=request.allow_pickle)
+    found = inspect_adapter(expanded(request.file), allow_pickle=request.allow_pickle)
     output.record("adapter", {**console.plain(found), "change": console.plain(found.change)})
     output.table("", ("", ""), _facts(found))
     texts = [(_cut(key), _cut(value)) for key, value in sorted(found.metadata.items())]

@@ -20,6 +20,7 @@ from alignprop_pipe.cli.options import (
 )
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.files import SHEET_CHUNK, write_whole
+from alignprop_pipe.sources import exists, expanded, is_file
 
 if TYPE_CHECKING:
     from alignprop_pipe.adapter import Adapter
@@ -109,11 +110,11 @@ def _refuse_for_files(request: MixRequest, settings: Mapping[str, Any]) -> None:
 
 
 def _free(path: Path, suffix: str, *others: Path) -> Path:
-    path = path.expanduser()
+    path = expanded(path)
     if path.suffix != suffix:
         raise typer.BadParameter(f"{str(path)!r} has to end in {suffix!r}", param_hint="--out")
     for one in (path, *others):
-        if one.exists():
+        if exists(one):
             raise typer.BadParameter(f"{str(one)!r} exists already and is not overwritten", param_hint="--out")
     return path
 
@@ -123,7 +124,7 @@ def _free(path: Path, suffix: str, *others: Path) -> Path:
 
 def _write_mix(request: MixRequest, output: console.Output) -> None:
     parts = [_weighted(word) for word in request.words]
-    beside = [request.out.expanduser().with_stem(f"{request.out.stem}-comfyui")] * (request.format == "both")
+    beside = [expanded(request.out).with_stem(f"{request.out.stem}-comfyui")] * (request.format == "both")
     out = _free(request.out, ".safetensors", *beside)
     with console.waiting(output, f"mixing {console.counted(len(parts), 'adapter')}"):
         console.quiet_libraries(output)
@@ -228,15 +229,15 @@ def _asked(request: MixRequest, settings: Mapping[str, Any], output: console.Out
     from alignprop_pipe.sweep import weights_from_text
 
     weights = weights_from_text(request.sweep or "")
-    adapters = [Adapter.load(Path(source).expanduser()) for source in sources]
+    adapters = [Adapter.load(expanded(source)) for source in sources]
     model = model or next((a.base.base_model for a in adapters if a.base.base_model), "") or BUNDLED
     return _Asked(sources, adapters, weights, model, config_for(model, settings).sampling, out)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], str]:
     """The adapters and the model, which comes last and need not be there."""
-    last = Path(words[-1]).expanduser()
-    is_adapter = last.is_file() or (last / "adapter.safetensors").is_file()
+    last = expanded(words[-1])
+    is_adapter = is_file(last) or is_file(last / "adapter.safetensors")
     is_base = len(words) > 1 and (len(words) == 3 or (is_model(words[-1]) and not is_adapter))
     sources, model = (list(words[:-1]), words[-1]) if is_base else (list(words), "")
     if len(sources) > 2:
@@ -281,7 +282,7 @@ def _about(request: MixRequest, asked: _Asked, names: Sequence[str]) -> dict[str
         "adapters": ", ".join(names),
         "weights": " ".join(f"{weight:g}" for weight in asked.weights),
         "seed": str(request.seed),
-        "model": Path(asked.model).name if Path(asked.model).exists() else asked.model,
+        "model": Path(asked.model).name if exists(asked.model) else asked.model,
         "num_inference_steps": str(asked.sampling.num_inference_steps),
         "guidance_scale": f"{asked.sampling.guidance_scale:g}",
         "software": f"alignprop-pipe {alignprop_pipe.__version__}",

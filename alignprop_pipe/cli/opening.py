@@ -10,7 +10,7 @@ import typer
 from alignprop_pipe.cli.console import Output, quiet_libraries, waiting
 from alignprop_pipe.cli.options import BUNDLED, CheckRequest, Common, ScoreRequest, TrainRequest
 from alignprop_pipe.errors import PipelineError
-from alignprop_pipe.sources import exists
+from alignprop_pipe.sources import exists, expanded, is_file, is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def is_model(word: str) -> bool:
         or word.endswith(SINGLE_FILES)
         or re.fullmatch(r"(hf:/{1,2})?[\w.-]+/[\w.-]+(@\S+)?", word) is not None
         or A_PATH.fullmatch(word) is not None
-        or (len(word) < 1000 and (Path(word) / "model_index.json").is_file())
+        or (word.strip() != "" and is_file(expanded(word) / "model_index.json"))
     )
 
 
@@ -52,11 +52,11 @@ def check_model(model: str) -> None:
 
     from alignprop_pipe.pipeline import MODEL_NEEDED, model_source
 
-    name, there = model_source(Path(model).expanduser() if model.startswith("~") else model)
+    name, there = model_source(expanded(model) if model.startswith("~") else model)
     if there and constants.HF_HUB_OFFLINE:
         if not isinstance(try_to_load_from_cache(name, "model_index.json", revision=there.get("revision")), str):
             raise PipelineError(f"the model {name!r} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it")
-    if not there and Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+    if not there and is_folder(name) and not is_file(Path(name) / "model_index.json"):
         raise PipelineError(f"the folder {model!r} holds no model_index.json; {MODEL_NEEDED}")
 
 
@@ -110,7 +110,7 @@ def find_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
 def _load(model: str, **options: Any) -> "AlignPropPipeline":
     from alignprop_pipe.pipeline import AlignPropPipeline
 
-    source = str(Path(model).expanduser()) if model.startswith("~") else model
+    source = str(expanded(model)) if model.startswith("~") else model
     load: Any = AlignPropPipeline.from_pretrained
     if source.endswith(SINGLE_FILES) and exists(source):
         load = AlignPropPipeline.from_single_file
@@ -124,5 +124,5 @@ def _not_loaded(model: str, error: Exception) -> str:
     from alignprop_pipe.pipeline import MODEL_NEEDED
 
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    where = "folder" if Path(model).is_dir() else "file" if Path(model).is_file() else "model id"
+    where = "folder" if is_folder(model) else "file" if is_file(model) else "model id"
     return f"{where} {model!r} could not be loaded as a diffusers pipeline; {MODEL_NEEDED}. The reason: {reason}"

@@ -94,7 +94,7 @@ class TrainRequest(Common):
     ] = None
     prompts: Annotated[
         str | None,
-        typer.Option(help="a .txt, .jsonl or .csv file, or a set; see 'alignprop prompts' (emoji: emoji)"),
+        typer.Option(help="a .txt, .jsonl, .csv or .tsv file, or a set; see 'alignprop prompts' (emoji: emoji)"),
     ] = None
     prompt: Annotated[list[str] | None, typer.Option(help="one prompt; may be repeated, instead of --prompts")] = None
     out: Annotated[Path | None, typer.Option(help="the run folder (default: runs/<date-time>-<reward>)")] = None
@@ -174,8 +174,8 @@ class ScoreRequest(Computing):
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="a .txt, .jsonl or .csv file, or a set: one prompt for each picture, in their order or by a column "
-            "'file'. Pictures whose own prompts are all in it take their targets from there"
+            help="a .txt, .jsonl, .csv or .tsv file, or a set: one prompt for each picture, in their order or by a "
+            "column 'file'. Pictures whose own prompts are all in it take their targets from there"
         ),
     ] = None
     csv: Annotated[

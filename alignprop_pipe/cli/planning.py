@@ -19,7 +19,7 @@ from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.run_facts import NAMED, check_run, check_types
-from alignprop_pipe.sources import exists
+from alignprop_pipe.sources import exists, expanded, is_folder
 
 if TYPE_CHECKING:
     from alignprop_pipe.pipeline import AlignPropPipeline
@@ -59,8 +59,8 @@ class SettingsFile:
         """A .toml or .json file, or a run folder. Raises ConfigError."""
         if path is None:
             return cls()
-        path = path.expanduser()
-        path = path / "config.json" if path.is_dir() else path
+        path = expanded(path)
+        path = path / "config.json" if is_folder(path) else path
         data = read_table(path)
         if not isinstance(data, Mapping):
             raise ConfigError(f"configuration file {str(path)!r}: a table of settings is needed")

@@ -8,6 +8,7 @@ import typer
 
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.options import OUTPUT, options_from
+from alignprop_pipe.sources import exists, expanded, is_folder
 
 if TYPE_CHECKING:
     from alignprop_pipe.hub import Pushed
@@ -54,9 +55,9 @@ def push(request: PushRequest) -> None:
     sends what changed, and nothing where nothing did.
     """
     output = console.Output(quiet=request.quiet, json=request.json)
-    folder = request.run_folder.expanduser()
-    beside = folder if folder.is_dir() else folder.parent
-    if not folder.exists():
+    folder = expanded(request.run_folder)
+    beside = folder if is_folder(folder) else folder.parent
+    if not exists(folder):
         raise typer.BadParameter(f"there is no run folder {str(request.run_folder)!r}", param_hint="RUN_FOLDER")
     output.say(f"getting {folder.name} ready for {request.repo_id}")  # no spinner: uploads draw bars of their own
     console.quiet_libraries(output)

@@ -14,6 +14,7 @@ from alignprop_pipe.cli import console
 from alignprop_pipe.cli.opening import find_device, import_rewards, open_reward
 from alignprop_pipe.cli.options import CheckRequest, RewardsRequest, ScoreRequest, options_from
 from alignprop_pipe.files import write_whole
+from alignprop_pipe.sources import expanded, is_folder
 
 if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward
@@ -134,8 +135,8 @@ def _check(request: ScoreRequest) -> None:
     if request.csv == STDOUT and request.json:
         raise wrong("CSV and JSON cannot both go to stdout: give --csv a file", param_hint="--csv")
     if request.csv and request.csv != STDOUT:
-        path = Path(request.csv).expanduser()
-        if path.is_dir() or not path.parent.is_dir():
+        path = expanded(request.csv)
+        if is_folder(path) or not is_folder(path.parent):
             raise wrong(f"{request.csv!r} cannot be a file: its folder has to be there", param_hint="--csv")
 
 
@@ -258,7 +259,7 @@ def _write_csv(scored: "Sequence[Scored]", columns: "dict[str, Callable[[Scored]
     if place == STDOUT:
         typer.echo(text.getvalue(), nl=False)
     else:
-        write_whole(Path(place).expanduser(), text.getvalue())
+        write_whole(expanded(place), text.getvalue())
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from alignprop_pipe.rewards.network import NetworkReward
 from alignprop_pipe.rewards.preprocess import Preprocess
 from alignprop_pipe.rewards.pretrained import load_preprocessor_config
 from alignprop_pipe.rewards.weights import load_into, load_tensors, locate
+from alignprop_pipe.sources import exists
 
 V2_5_FILE = "aesthetic_predictor_v2_5.pth"
 V2_5_NOTICE = (
@@ -157,7 +158,7 @@ class Aesthetic25(Aesthetic):
         super().__init__(model, revision, trunk, dtype, offload)
 
     def check_sources(self) -> None:
-        if self.model == V2_5_FILE and not Path(self.model).exists():
+        if self.model == V2_5_FILE and not exists(self.model):
             raise RewardError(
                 f"{V2_5_FILE} is not in this folder, and it is not on the Hugging Face Hub. Get models/{V2_5_FILE} "
                 "(2.6 MB) from the GitHub repository discus0434/aesthetic-predictor-v2-5, and give its path as model. "

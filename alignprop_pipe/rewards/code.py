@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from alignprop_pipe.rewards.expression import names_in, pointed
+from alignprop_pipe.sources import expanded
 
 BY_TEXT = "python"
 """The reward that takes `module:function` as a text, for places that an expression cannot spell."""
@@ -62,9 +63,6 @@ def imported(place: str) -> ModuleType | None:
 def _key(place: str) -> str:
     if not place.endswith(".py"):
         return place
-    try:
-        path = Path(place).expanduser()
-    except RuntimeError:  # "~nobody"
-        path = Path(place)
+    path = expanded(place)
     # By its letters alone: to look a stranger's path up would already touch it, on Windows over the network.
     return os.path.normpath(path.absolute())

@@ -15,6 +15,7 @@ from alignprop_pipe.rewards.open_clip import clip_names
 from alignprop_pipe.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from alignprop_pipe.rewards.pretrained import load_config, load_tokenizer
 from alignprop_pipe.rewards.weights import check_fit, load_tensors, locate
+from alignprop_pipe.sources import exists, expanded, is_file, is_folder
 
 _PROCESSOR_FILES = "config.json tokenizer_config.json tokenizer.json special_tokens_map.json vocab.json merges.txt"
 _OTHER_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -79,9 +80,9 @@ class HpsV2(TwoTowers):
 
     def _home(self, file: str) -> str:
         """The folder of the weights where it holds `file`, else `processor`."""
-        path = Path(self.model).expanduser()
-        folder = path if path.is_dir() else path.parent
-        return str(folder) if path.exists() and (folder / file).is_file() else self.processor
+        path = expanded(self.model)
+        folder = path if is_folder(path) else path.parent
+        return str(folder) if exists(path) and is_file(folder / file) else self.processor
 
 
 class HpsV21(HpsV2):

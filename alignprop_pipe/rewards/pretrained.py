@@ -9,6 +9,7 @@ from typing import Any
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.rewards.weights import place_of
+from alignprop_pipe.sources import is_folder
 
 
 def load_network(kind: Any, source: str, revision: str | None = None) -> Any:
@@ -82,7 +83,7 @@ def not_loaded(source: str, error: Exception) -> RewardError:
     """What to do when a model is not there, or is damaged."""
     reason = str(error).strip().split("\n")[0]
     needed = "config.json, model.safetensors, preprocessor_config.json and, for text, the tokenizer's files"
-    if Path(source).is_dir():
+    if is_folder(source):
         held = ", ".join(sorted(path.name for path in Path(source).iterdir())) or "nothing"
         broken = [path.name for path in sorted(Path(source).iterdir()) if not _readable(path)]
         what = f"{', '.join(broken)} is damaged or cut short; get it again" if broken else f"it needs {needed}"

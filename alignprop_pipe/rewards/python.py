@@ -20,6 +20,7 @@ from alignprop_pipe.records import Images, Rewards, Scores, Targets
 from alignprop_pipe.rewards import code
 from alignprop_pipe.rewards.base import Reward, check_scores, literal
 from alignprop_pipe.rewards.expression import REFERENCE
+from alignprop_pipe.sources import expanded, is_file
 
 _INPUTS = ("images", "prompts", "targets")
 _FILE_MODULE = "alignprop_reward_"
@@ -203,8 +204,8 @@ def _loaded(place: str) -> ModuleType:
 
 
 def _file(path: Path) -> ModuleType:
-    path = path.expanduser()
-    if not path.is_file():
+    path = expanded(path)
+    if not is_file(path):
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; give a path from there, or a full one"
         minus = " (a minus between two rewards needs spaces around it)" if "-" in str(path) else ""

@@ -6,7 +6,6 @@ Pickle files are read by torch's weights-only reader, which runs no code, and ke
 import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from alignprop_pipe.errors import HubError, RewardError
 from alignprop_pipe.rewards.entries import ENTRIES
-from alignprop_pipe.sources import exists, hub_hint, on_hub
+from alignprop_pipe.sources import exists, expanded, hub_hint, is_file, is_folder, on_hub
 
 OURS = frozenset(name for entry in ENTRIES for name, _ in entry.weights)
 """Repositories that the rewards name themselves: no folder here was meant, whatever it is called."""
@@ -31,8 +30,7 @@ def place_of(source: str, revision: str | None = None) -> tuple[str, str | None]
     Raises RewardError for what is neither, without asking the Hub.
     """
     if source.startswith("~"):
-        with suppress(RuntimeError):  # of somebody who is not known here
-            source = str(Path(source).expanduser())
+        source = str(expanded(source))
     if exists(source) or source in OURS:
         return source, revision
     try:
@@ -53,9 +51,9 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
     """
     source, revision = place_of(source, revision)
     path = Path(source)
-    if path.is_file():
+    if is_file(path):
         return path
-    if path.is_dir():
+    if is_folder(path):
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
             held = ", ".join(sorted(inside.name for inside in path.iterdir())) or "nothing"
