@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from alignprop_pipe import adapter_files, hub, windows
+from alignprop_pipe import adapter_files, hub, strength, windows
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.export_header import Base, base_of, carried, header_for
 from alignprop_pipe.export_keys import (
@@ -55,11 +55,14 @@ class Adapter(Mapping[str, Tensor]):
     def load(cls, path: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> "Adapter":
         """Read a LoRA file of diffusers, PEFT, kohya or ComfyUI, also from the Hub; no pipeline is needed.
 
+        PEFT's settings beside the file (adapter_config.json) count, and what stays in doubt of its strength is told.
+
         A file that comes in is data: its header is checked against its size before anything is allocated, and keys,
         shapes, ranks and numbers before anything is used.
 
         Args:
-            path: a safetensors file, a run folder, or a name on the Hub, "me/name"; what is here goes first.
+            path: a safetensors file, a folder of a run, of PEFT or of diffusers, or a name on the Hub, "me/name"; what
+                is here goes first.
             revision: branch, tag or commit of a name on the Hub.
             allow_pickle: read a pickle (.bin, .pt, .ckpt) too, weights alone: nothing in it is run.
 
@@ -76,6 +79,7 @@ class Adapter(Mapping[str, Tensor]):
             raise AdapterError(f"{source.name} holds no LoRA that can be read ({reason})") from error
         if not layers:
             raise AdapterError(f"{source.name} is empty: it holds no LoRA")
+        strength.tell_doubts(source.name, tensors, header)
         return cls(layers, base, header, hub.run_of(source))
 
     @classmethod

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from alignprop_pipe import strength
 from alignprop_pipe.adapter_keys import split_key
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.sources import hub_hint, is_file, is_folder
+from alignprop_pipe.sources import adapter_in, hub_hint, is_file, is_folder
 
 MOST_HEADER = 100_000_000
 """Bytes, as the safetensors library has it; kohya's headers with all tags of a data set take a few million."""
@@ -82,10 +83,10 @@ def _check_whole(tensors: Mapping[str, Tensor], header: Mapping[str, str], name:
 
 
 def located(path: str | Path) -> Path:
-    """The adapter's file, where a run folder may stand for it. Raises AdapterError."""
+    """The adapter's file, for which its folder may stand: a run's, PEFT's or diffusers'. Raises AdapterError."""
     source = Path(path)
     if is_folder(source):
-        source = source / "adapter.safetensors"
+        source = _in_folder(source)
     if not is_file(source):
         raise AdapterError(
             f"there is no adapter file {str(source)!r}; a run writes runs/<name>/adapter.safetensors{hub_hint(path)}"
@@ -93,10 +94,24 @@ def located(path: str | Path) -> Path:
     return source
 
 
+def _in_folder(folder: Path) -> Path:
+    """The file that is meant; PEFT puts an adapter with a name of its own into a folder of that name."""
+    named = [folder / config.parent.name for config in sorted(folder.glob(f"*/{strength.CONFIG_FILE}"))]
+    for place in [folder, *(named if len(named) == 1 else [])]:
+        if (found := adapter_in(place)) is not None:
+            return found
+    if len(named) > 1:
+        raise AdapterError(
+            f"{str(folder)!r} holds several adapters of PEFT: {', '.join(place.name for place in named[:5])}; name one "
+            f"of these folders, such as {str(named[0])!r}"
+        )
+    return folder / "adapter.safetensors"
+
+
 def read_file(
     source: Path, *, allow_pickle: bool = False, finite: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts of the header.
+    """The tensors and the texts of the header, to which PEFT's settings come where they stand beside the file.
 
     Args:
         source: a safetensors file.
@@ -117,7 +132,13 @@ def read_file(
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())] if finite else []
     if broken:
         raise AdapterError(f"{source.name} holds NaN or infinity, first in {broken[0]!r}: it was saved by a failed run")
-    return tensors, header
+    try:
+        return tensors, {**header, **strength.beside(source)}
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{source.name} has its strength in {strength.CONFIG_FILE} beside it, which cannot be read ({error}); copy "
+            "or download it again"
+        ) from error
 
 
 def _read(source: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:

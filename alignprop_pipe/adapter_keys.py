@@ -247,6 +247,8 @@ def clues_in(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Clues:
 
 def family_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     """The family of a LoRA file's denoiser, as in `PIPELINES`; empty where keys, shapes and header leave it open."""
+    if (told := header.get("adapter_config.base_model_class", "")) in PIPELINES:
+        return told
     clues = clues_in(tensors, header)
     if not clues.inputs or clues.has(_UNET):
         return _unet_family(clues, tensors) if clues.inputs or clues.others else ""

@@ -20,7 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from alignprop_pipe import adapter_files, hub, lora, stock, windows
+from alignprop_pipe import adapter_files, hub, lora, stock, strength, windows
 from alignprop_pipe.adapter import Adapter, Format
 from alignprop_pipe.choices import Window, window_from_text
 from alignprop_pipe.errors import AdapterError, ConfigError
@@ -135,6 +135,7 @@ def _read(pipe: DiffusionPipeline, file: Path) -> tuple[Layers, Base, Mapping[st
         raise AdapterError(
             f"{file.name} holds no LoRA that {type(pipe).__name__} can read ({error}); {_way_out(base)}"
         ) from error
+    strength.tell_doubts(file.name, tensors, header)
     return layers, base, header, file.name
 
 

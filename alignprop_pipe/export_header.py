@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from alignprop_pipe import __version__
+from alignprop_pipe import __version__, strength
 from alignprop_pipe.adapter_keys import PIPELINES, UNETS, family_of
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.sources import exists
@@ -33,6 +33,8 @@ LOCAL_PATHS = (
     re.compile(r"(?<![\w./~-])(?:file://|~)?/(?:[^/\s\"':;,]+/)+"),
     re.compile(r"(?<!\w)[A-Za-z]:(?:\\{1,2}|/)(?:[^\\/\s\"':;,]+(?:\\{1,2}|/))*"),
 )
+
+NAMES_OF_BASE = ("alignprop.base_model", "ss_sd_model_name", strength.BASE_MODEL)
 
 KOHYA_BASES = {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0"}
 ARCHITECTURES = {
@@ -65,7 +67,7 @@ class Base:
         except (ValueError, RecursionError):
             families = {}
         known = {str(name): str(family) for name, family in families.items()} if isinstance(families, dict) else {}
-        model = header.get("alignprop.base_model", "") or header.get("ss_sd_model_name", "")
+        model = next((header[key] for key in NAMES_OF_BASE if header.get(key)), "")
         prediction = header.get("modelspec.prediction_type", "")
         return cls(public_id(model), header.get("alignprop.base_class", ""), known, prediction)
 
@@ -96,7 +98,8 @@ def base_of(pipe: DiffusionPipeline) -> Base:
 
 
 OF_ONE_FILE = (
-    "format", "lora_adapter_metadata", "alignprop.format", "alignprop.version", "alignprop.rank", "alignprop.alpha",
+    "format", strength.IN_HEADER, strength.BESIDE, strength.BASE_CLASS, strength.BASE_MODEL,
+    "alignprop.format", "alignprop.version", "alignprop.rank", "alignprop.alpha",
     "alignprop.families", "alignprop.base_class", "alignprop.denoiser", "ss_network_module", "ss_network_dim",
     "ss_network_alpha", "ss_network_args", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256",
     "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.date",
@@ -109,7 +112,8 @@ OF_THE_MODEL = ("ss_v2", "ss_base_model_version", "modelspec.architecture")
 def carried(metadata: Mapping[str, str], made_for: Base) -> dict[str, str]:
     """The texts of a file that still hold in another file with the same adapter."""
     stale = {*OF_ONE_FILE, *(OF_THE_MODEL if made_for.families else ())}
-    return {key: value for key, value in metadata.items() if key not in stale}
+    strengths = {*strength.PLAIN, *strength.KOHYA}
+    return {key: v for key, v in metadata.items() if key not in stale and key.rpartition(".")[2] not in strengths}
 
 
 def header_for(

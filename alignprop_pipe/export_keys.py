@@ -6,7 +6,6 @@ anything beside A and B. Files in kohya's form (`lora_unet_….lora_down.weight`
 """
 
 import inspect
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -36,6 +35,7 @@ from alignprop_pipe.factors import Factors as Factors
 from alignprop_pipe.factors import Layers as Layers
 from alignprop_pipe.lora import ADAPTER_NAME
 from alignprop_pipe.stock import components
+from alignprop_pipe.strength import BASE_CLASS, BESIDE, Settings, folded, settings_of
 
 COMFYUI_KEYS: dict[str, dict[str, str]] = {
     "WanTransformer3DModel": {
@@ -54,6 +54,7 @@ COMFYUI_KEYS: dict[str, dict[str, str]] = {
 COMPONENTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
 )  # fmt: skip
+PEFT_PREFIX = "base_model.model."
 CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
 """How paths in a CLIP begin below its `text_model` level, which transformers 5.6 took away from some of its classes."""
 UNET_PARTS = (
@@ -280,13 +281,31 @@ def _all_of(
 ) -> Layers:
     """Every layer of the file, by component, or ValueError: nothing is dropped in silence."""
     in_file = check(tensors).layers
-    found = _kohya_layers(tensors, header) or _sorted(_converted(reader, tensors, options), header, names, sole)
+    # Alphas of the layers' own come first; converters fold them in.
+    said = {} if any("alpha" in parts for parts in in_file.values()) else header
+    sole = _component_told(header, names) or sole
+    found = _kohya_layers(tensors, header, said)
+    if not found:
+        state = _converted(reader, tensors, options)
+        paths = {key.partition(".lora_")[0] for key in state}
+        if BESIDE in said and settings_of(said, "").patterns and not all(place_of(n).path in paths for n in in_file):
+            state, said = _converted(reader, folded(tensors, said), options), {}
+        found = _sorted(state, said, names, sole)
     if sum(map(len, found.values())) < len(in_file):
         raise ValueError("some of its keys name the same layer, or one that this model has not")
     return {name: found[name] for name in sorted(found, key=lambda name: (is_text(name), name))}
 
 
-def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Layers:
+def _component_told(header: Mapping[str, str], names: Collection[str]) -> str:
+    """The text encoder that PEFT's settings name, by its class; empty for what is a denoiser or not known."""
+    told = header.get(BASE_CLASS, "")
+    if told.startswith("CLIPText"):
+        second = told.endswith("WithProjection") and "text_encoder_2" in names
+        return "text_encoder_2" if second else "text_encoder"
+    return ""
+
+
+def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str], said: Mapping[str, str]) -> Layers:
     """The layers of a transformer by its own names, as kohya's scripts and ComfyUI have them; empty for other files.
 
     Here they keep their alphas, which diffusers' converters fold in; ComfyUI's for Flux no converter reads.
@@ -301,10 +320,10 @@ def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> L
         return {}
     raw: Layers = {}
     for name, parts in in_file.items():
-        place = place_of(name)
-        raw.setdefault(place.component, {})[place.path.replace(".", "_")] = _whole(
-            parts["down"], parts["up"], parts.get("alpha")
-        )
+        place, rank = place_of(name), parts["down"].shape[0]
+        component = place.component.replace("denoiser", "transformer")
+        alpha = parts["alpha"] if "alpha" in parts else settings_of(said, component).alpha_of(place.path, rank)
+        raw.setdefault(place.component, {})[place.path.replace(".", "_")] = _whole(parts["down"], parts["up"], alpha)
     own = kohya_transformers.from_kohya(family, raw.pop("denoiser", {}))
     found = {"transformer": own} if own else {}
     for name, layers in raw.items():
@@ -323,6 +342,8 @@ def _clip_dotted(flat: str) -> str:
 def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
     """The tensors in diffusers' names, with their alphas, by the loader of a pipeline or of a pipeline class."""
     read: Any = getattr(reader, "lora_state_dict", StableDiffusionLoraLoaderMixin.lora_state_dict)
+    if all(key.startswith(PEFT_PREFIX) for key in tensors) and not any(".double_blocks." in key for key in tensors):
+        tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     if "return_alphas" in inspect.signature(read).parameters:
         options = {**options, "return_alphas": True}
     converted = read(dict(tensors), **options)
@@ -335,9 +356,8 @@ def _sorted(state: Mapping[str, Any], header: Mapping[str, str], names: Collecti
     by_part: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
-        name, path = (head, rest) if head in names else (sole, key.removeprefix("base_model.model."))
+        name, path = (head, rest) if head in names else (sole, key.removeprefix(PEFT_PREFIX))
         by_part.setdefault(name, {})[path.replace(".default.", ".")] = value
-    config = json.loads(header.get("lora_adapter_metadata", "{}"))
     found = {}
     for name, keys in by_part.items():
         if is_text(name):
@@ -345,17 +365,11 @@ def _sorted(state: Mapping[str, Any], header: Mapping[str, str], names: Collecti
             keys = {clip_path(key, nested=True): value for key, value in keys.items()}
         else:
             keys = convert_unet_state_dict_to_peft(keys)
-        found[name] = _layers(keys, _config_of(config, name))
+        found[name] = _layers(keys, settings_of(header, name))
     return found
 
 
-def _config_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What diffusers wrote about one component; bare where a single component was saved."""
-    mine = {key.removeprefix(f"{name}."): value for key, value in config.items() if key.startswith(f"{name}.")}
-    return mine or dict(config)
-
-
-def _layers(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Factors]:
+def _layers(keys: Mapping[str, Any], settings: Settings) -> dict[str, Factors]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in keys.items():
         path, lora, kind = key.partition(".lora_")
@@ -368,23 +382,16 @@ def _layers(keys: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Fac
         if not {"A.weight", "B.weight"} <= values.keys():
             raise ValueError(f"{path} has only {' and '.join(sorted(values))} of its two matrices")
         down, up = values["A.weight"], values["B.weight"]
-        layers[path] = _whole(down, up, values.get("alpha", _alpha_in(config, path, down.shape[0])))
+        alpha = values["alpha"] if "alpha" in values else settings.alpha_of(path, down.shape[0])
+        layers[path] = _whole(down, up, alpha)
     return layers
 
 
 def _whole(down: Tensor, up: Tensor, alpha: Any) -> Factors:
-    number = float(down.shape[0] if alpha is None else alpha)
+    number = float(alpha)
     if not math.isfinite(number):
         raise ValueError(f"an alpha is {number}")
     return Factors(down, up, number)
-
-
-def _alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Alpha as PEFT's own settings in the header have it; the rank where there are none."""
-    patterns = config.get("alpha_pattern") or {}
-    matching = (value for key, value in patterns.items() if f".{path}".endswith(f".{key.removeprefix('^')}"))
-    alpha = next(matching, config.get("lora_alpha", rank))
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
 
 
 def misfit(part: nn.Module, path: str, factors: Factors) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -33,6 +33,7 @@ from alignprop_pipe.errors import HubError
 from alignprop_pipe.hub_folder import Source, write_folder
 from alignprop_pipe.privacy import TOKEN, Private
 from alignprop_pipe.sources import HUB_ID, on_hub
+from alignprop_pipe.strength import CONFIG_FILE
 
 OURS = re.compile(
     rf"README\.md|{re.escape(WEIGHTS)}|.+-comfyui(-\w+)?\.safetensors|config\.json|metrics\.jsonl|curve\.png"
@@ -140,10 +141,22 @@ def fetch(repo_id: str, revision: str | None = None, token: str | None = None) -
         try:
             return Path(hf_hub_download(repo_id, WEIGHTS, revision=revision, token=token))
         except LocalEntryNotFoundError:
-            raise
+            if (cached := _cached_of_peft(repo_id, revision)) is None:
+                raise
+            return cached
         except EntryNotFoundError:
-            name = _only_file(HfApi(token=token).list_repo_files(repo_id, revision=revision), repo_id)
+            names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        name = _only_file(names, repo_id)
+        if CONFIG_FILE in names:  # which says how strong a file of PEFT's is, and is read beside it
+            hf_hub_download(repo_id, CONFIG_FILE, revision=revision, token=token)
         return Path(hf_hub_download(repo_id, name, revision=revision, token=token))
+
+
+def _cached_of_peft(repo_id: str, revision: str | None) -> Path | None:
+    """An adapter of PEFT's in the cache, with its settings."""
+    names = (CONFIG_FILE, "adapter_model.safetensors")
+    found = [try_to_load_from_cache(repo_id, name, revision=revision) for name in names]
+    return Path(found[1]) if all(isinstance(path, str) for path in found) else None  # type: ignore[arg-type]
 
 
 # --- pushing ---------------------------------------------------------------------------------------------------------
@@ -245,7 +258,8 @@ def _token(given: str | None, *, needed: bool) -> str | None:
 def _only_file(names: list[str], repo_id: str) -> str:
     """The file that must be meant in a repository of somebody else's. Raises HubError."""
     found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    found = [name for name in found if name == "adapter.safetensors"] or found
+    for usual in ("adapter.safetensors", "adapter_model.safetensors"):
+        found = [name for name in found if name == usual] or found
     if len(found) == 1:
         return found[0]
     if not found:

@@ -5,7 +5,6 @@ cut off or no LoRA at all is an error.
 """
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignprop_pipe import adapter_files, hub
+from alignprop_pipe import adapter_files, hub, strength
 from alignprop_pipe.adapter_keys import (
     FileLayers,
     duplicates,
@@ -209,7 +208,8 @@ def _problems(
     yield from _fused_copies(layers)
     if unreadable:
         yield f"this package does not load it: {unreadable}"
-    yield from _alphas(in_file, header)
+    yield from _alphas(in_file, header, layers)
+    yield from strength.doubts(tensors, header)
     yield from _window(header)
     dropped = unknown_to_comfyui(family, list(in_file.layers)) or []
     if 0 < len(dropped) < len(in_file.layers):
@@ -256,13 +256,23 @@ def _fused_copies(layers: Layers) -> Iterator[str]:
             )
 
 
-def _alphas(in_file: FileLayers, header: Mapping[str, str]) -> Iterator[str]:
+def _scales(layers: Layers) -> bool:
+    return any(factors.alpha != factors.rank for part in layers.values() for factors in part.values())
+
+
+def _alphas(in_file: FileLayers, header: Mapping[str, str], layers: Layers) -> Iterator[str]:
     flat = {name: parts for name, parts in in_file.layers.items() if place_of(name).habit == "kohya"}
     without = [name for name, parts in flat.items() if "alpha" not in parts]
     if without:
         yield f"{len(without)} layers have no alpha, the first {without[0]}: programs take them at full strength"
-    if not any("alpha" in parts for parts in in_file.layers.values()) and _scales(header):
-        yield "alpha stands in the header alone, which only diffusers reads: other programs apply another strength"
+    if not any("alpha" in parts for parts in in_file.layers.values()) and _scales(layers):
+        if strength.IN_HEADER in header:
+            yield "alpha stands in the header alone, which only diffusers reads: other programs apply another strength"
+        elif strength.BESIDE in header:
+            yield (
+                f"alpha stands in {strength.CONFIG_FILE} alone, which only PEFT and this package read: other programs "
+                "apply another strength; export it"
+            )
 
 
 def _window(header: Mapping[str, str]) -> Iterator[str]:
@@ -272,15 +282,3 @@ def _window(header: Mapping[str, str]) -> Iterator[str]:
             window_from_text(text)
     except ConfigError as error:
         yield f"its window is damaged, so that this package does not load it without another: {error}"
-
-
-def _scales(header: Mapping[str, str]) -> bool:
-    """Whether PEFT's settings in the header scale the change."""
-    try:
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(config, dict):
-        return False
-    ends = {key.rpartition(".")[2]: value for key, value in config.items()}
-    return bool(ends.get("alpha_pattern")) or ends.get("lora_alpha") != ends.get("r")

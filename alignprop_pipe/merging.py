@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from alignprop_pipe import adapter_files, lora
+from alignprop_pipe import adapter_files, hub, lora, strength
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.checkpoint import write_checkpoint
 from alignprop_pipe.errors import AdapterError, RunError
@@ -79,12 +79,13 @@ def _fitting(pipe: DiffusionPipeline, adapter: "str | Path | Adapter") -> Layers
     if isinstance(adapter, Adapter):
         layers, header = named_for(pipe, adapter.layers), adapter.metadata
     else:
-        file = adapter_files.located(adapter)
+        file = adapter_files.located(hub.local(adapter))
         tensors, header = adapter_files.read_file(file)
         try:
             layers = layers_from(pipe, tensors, header)
         except Exception as error:  # diffusers' converters fail in any way on keys that they do not expect
             raise AdapterError(f"{file.name} holds no LoRA that {type(pipe).__name__} can read ({error})") from error
+        strength.tell_doubts(file.name, tensors, header)
     window = header.get("alignprop.window") or header.get("window")
     if window:
         raise AdapterError(

@@ -37,6 +37,12 @@ Who means a user of the Hub with such a name writes hf://.
 OF_A_RUN = re.compile(r"\d{4}-\d\d-\d\d(-\d{4})?(-.*)?|(checkpoint|ckpt|epoch|step)s?[-_]?\d+", re.IGNORECASE)
 """How a run folder is called by default, 2026-11-30-2016-clip, and what trainers keep in theirs, checkpoint-500."""
 
+ADAPTER_FILES = (
+    *("adapter.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+    *("adapter_model.bin", "pytorch_lora_weights.bin"),
+)
+"""What the adapter in a folder is called by a run of ours, by PEFT and by diffusers; what is a pickle comes last."""
+
 NUMBER = re.compile(r"[-_]?v?\d+$")
 
 
@@ -82,6 +88,11 @@ def may_be_path(text: str) -> bool:
 def expanded(source: str | os.PathLike) -> Path:
     """The path, with `~` as the home folder; the home of somebody who is not known here stays as it was written."""
     return Path(os.path.expanduser(source))  # noqa: PTH111
+
+
+def adapter_in(folder: Path) -> Path | None:
+    """The adapter's file in a folder of a run, of PEFT or of diffusers; None where there is none of their names."""
+    return next((folder / name for name in ADAPTER_FILES if is_file(folder / name)), None)
 
 
 def exists(source: str | os.PathLike) -> bool:

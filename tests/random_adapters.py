@@ -1,10 +1,13 @@
 """Adapters with random weights for the denoisers of a miniature, as training could leave them, and its pictures."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import by_hand
 import torch
+from miniatures import FAMILIES
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from alignprop_pipe.adapter import Adapter
@@ -53,3 +56,19 @@ def draw(pipe: Any, steps: int = 4, guidance: float = 2.0, **call: Any) -> Tenso
             return_dict=False,
             **call,
         )[0]
+
+
+def by_peft(folder: Path, settings: dict[str, Any], family: str = "sd15", name: str = "unet") -> Tensor:
+    """A folder by PEFT's own `save_pretrained`, and the picture of the model onto which PEFT loads it."""
+    pipe = FAMILIES[family].make()
+    network = getattr(pipe, name)
+    targets = attention_linears(network) if name in ("unet", "transformer") else ["q_proj", "fc1"]
+    model = get_peft_model(network, LoraConfig(target_modules=targets, **settings))
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(folder))
+    pipe = FAMILIES[family].make()
+    PeftModel.from_pretrained(getattr(pipe, name), str(folder))
+    return draw(pipe, **FAMILIES[family].call(1))

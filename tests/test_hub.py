@@ -19,7 +19,9 @@ from aligning import align, aligned
 from hub_server import READ_TOKEN, TOKEN, Hub, serving
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http, close_session
+from miniatures import FAMILIES
 from PIL import Image
+from random_adapters import by_peft, draw
 from safetensors.torch import load
 
 from alignprop_pipe import Adapter, hub
@@ -583,6 +585,19 @@ def test_files_of_others(server: Hub, adapter: Adapter, run: Path) -> None:
         HubError, match=r"2 \.safetensors files \(a\.safetensors, b\.safetensors\).*hf download you/many"
     ):
         Adapter.load("you/many")
+
+
+def test_a_repository_of_peft(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its strength stands in a file of its own; also from the cache, where the Hub cannot be asked."""
+    settings = {"r": 4, "lora_alpha": 3, "use_rslora": True, "alpha_pattern": {"to_q": 8}}
+    picture = by_peft(tmp_path / "theirs", settings)
+    server.add("you/peft", {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()})
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        pipe = FAMILIES["sd15"].make()
+        load_adapter(pipe, "you/peft")
+        torch.testing.assert_close(draw(pipe, **FAMILIES["sd15"].call(1)), picture, atol=1e-5, rtol=0)
+    assert inspect_adapter("you/peft").alphas == inspect_adapter(tmp_path / "theirs").alphas
 
 
 def test_a_file_that_is_damaged_there(server: Hub) -> None:

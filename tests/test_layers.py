@@ -68,6 +68,7 @@ LAYERS = {
     "evidence": 3,
     "export_keys": 3.0,
     "adapter_keys": 1.1,
+    "strength": 1.2,
     "programs": 2,
     "inspection": 3.15,
     "merging": 3.15,

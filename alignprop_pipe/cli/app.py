@@ -28,7 +28,7 @@ from alignprop_pipe.cli.planning import Plan, open_planned, planned
 from alignprop_pipe.cli.usage import Commands
 from alignprop_pipe.config import AlignConfig, SamplingOptions
 from alignprop_pipe.errors import AlignError
-from alignprop_pipe.sources import expanded, hub_hint, is_file, is_folder, on_hub
+from alignprop_pipe.sources import adapter_in, expanded, hub_hint, is_file, is_folder, on_hub
 
 if TYPE_CHECKING:
     from alignprop_pipe.result import AlignResult
@@ -273,7 +273,7 @@ def _adapter_file(request: SampleRequest) -> Path | None:
             raise typer.BadParameter("an adapter is needed: add --adapter FILE", param_hint=flag)
         return None
     path = expanded(request.adapter)
-    path = path / "adapter.safetensors" if is_folder(path) else path
+    path = adapter_in(path) or path / "adapter.safetensors" if is_folder(path) else path
     if is_file(path):
         return path
     if on_hub(request.adapter) is None:

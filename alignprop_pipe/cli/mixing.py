@@ -20,7 +20,7 @@ from alignprop_pipe.cli.options import (
 )
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.files import SHEET_CHUNK, write_whole
-from alignprop_pipe.sources import exists, expanded, is_file
+from alignprop_pipe.sources import adapter_in, exists, expanded, is_file
 
 if TYPE_CHECKING:
     from alignprop_pipe.adapter import Adapter
@@ -237,7 +237,7 @@ def _asked(request: MixRequest, settings: Mapping[str, Any], output: console.Out
 def _split(words: Sequence[str]) -> tuple[list[str], str]:
     """The adapters and the model, which comes last and need not be there."""
     last = expanded(words[-1])
-    is_adapter = is_file(last) or is_file(last / "adapter.safetensors")
+    is_adapter = is_file(last) or adapter_in(last) is not None
     is_base = len(words) > 1 and (len(words) == 3 or (is_model(words[-1]) and not is_adapter))
     sources, model = (list(words[:-1]), words[-1]) if is_base else (list(words), "")
     if len(sources) > 2:
