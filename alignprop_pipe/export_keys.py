@@ -213,45 +213,6 @@ def _check_names(found: Layers, *, foreign: bool) -> None:
                 raise ValueError(f"{path!r} is no layer of a UNet")
 
 
-def refusal_of_diffusers(base_class: str, tensors: dict[str, Tensor]) -> str:
-    """Why `load_lora_weights` of this pipeline class would not read the file; empty where it would."""
-    reader = pipeline_class(base_class)
-    if reader is None:
-        return "the model is not known"
-    if not hasattr(reader, "load_lora_weights"):
-        return f"{base_class} has no load_lora_weights; AlignPropPipeline.load_adapter reads it"
-    options = {"unet_config": SimpleNamespace(layers_per_block=2)} if hasattr(reader, "unet_name") else {}
-    try:
-        state = reader.lora_state_dict(dict(tensors), **options)
-    except Exception as error:  # converters fail in any way on keys that they do not expect
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return f"its converter does not take these names and shapes ({reason})"
-    state, alphas = state if isinstance(state, tuple) else (state, None)
-    strange = [key for key in state if "lora" not in key]
-    return f"it takes no {strange[0]!r} beside its own names" if strange else _lost_alphas(alphas or {})
-
-
-def _lost_alphas(alphas: Mapping[str, Any]) -> str:
-    """Whether diffusers would apply layers at another strength, and why.
-
-    It hands PEFT the alphas by names that PEFT finds no layer for (`….processor.to_q_lora…`, `text_model.…`), so that
-    all layers get the most frequent one. Shown with 0.42.1, whose only word of it is a warning of PEFT's.
-    """
-    found: dict[str, set[float]] = {}
-    for key, alpha in alphas.items():
-        component = key.split(".")[0]
-        if "_lora." in key or is_text(component):
-            found.setdefault(component, set()).add(float(alpha))
-    for component, several in found.items():
-        if len(several) > 1:
-            listed = ", ".join(f"{alpha:g}" for alpha in sorted(several)[:4]) + ", …" * (len(several) > 4)
-            return (
-                f"it would apply it at a wrong strength: of the several alphas in {component} ({listed}) it takes the "
-                "most frequent for all layers; export it with --to diffusers"
-            )
-    return ""
-
-
 def pipeline_class(name: str) -> Any:
     """The pipeline class of diffusers of that name, which a file's header may have made up; None if there is none."""
     if not name.endswith("Pipeline") or not name.isidentifier():

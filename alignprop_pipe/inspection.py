@@ -26,9 +26,10 @@ from alignprop_pipe.adapter_keys import (
 from alignprop_pipe.choices import window_from_text
 from alignprop_pipe.errors import AdapterError, ConfigError
 from alignprop_pipe.export_header import Base
-from alignprop_pipe.export_keys import layers_alone, refusal_of_diffusers
+from alignprop_pipe.export_keys import layers_alone
 from alignprop_pipe.factors import Factors, Layers
 from alignprop_pipe.programs import Verdict, hidden_by, unknown_to_comfyui, verdicts
+from alignprop_pipe.stock_loading import said_of_diffusers
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     layers, unreadable = _readable(tensors, header, base, in_file)
     all_layers = [factors for part in layers.values() for factors in part.values()]
     family = next(iter(base.families.values()), "")
-    refusal = unreadable or refusal_of_diffusers(base.base_class, tensors)
+    of_diffusers = said_of_diffusers(base.base_class, source, tensors, {} if unreadable else layers)
     return Inspection(
         file=source.name,
         sha256=sha256_of(source),
@@ -107,7 +108,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
         targets=_counted(_kind(path) for part in layers.values() for path in part),
         dtypes=_counted(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
         blocks=tuple(_blocks(layers)),
-        programs=verdicts(family, list(in_file.layers), header, refusal),
+        programs=verdicts(family, list(in_file.layers), header, of_diffusers),
         problems=tuple(_problems(tensors, header, family, in_file, layers, unreadable)),
         metadata=dict(header),
     )

@@ -65,12 +65,17 @@ def _comfyui_knows(family: str, name: str) -> bool:
 
 
 def verdicts(
-    family: str, layers: Sequence[str], header: Mapping[str, str], diffusers_refusal: str
+    family: str, layers: Sequence[str], header: Mapping[str, str], of_diffusers: tuple[bool | None, str]
 ) -> tuple[Verdict, ...]:
-    """What diffusers, ComfyUI and AUTOMATIC1111 do with a file; `layers` are names of layers as the file has them."""
-    reason = diffusers_refusal or "load_lora_weights reads all of its layers"
-    known = None if diffusers_refusal == "the model is not known" else not diffusers_refusal
-    return Verdict("diffusers", known, reason), _comfyui(family, layers), _automatic(family, layers, header)
+    """What diffusers, ComfyUI and AUTOMATIC1111 do with a file.
+
+    Args:
+        family: of the denoiser.
+        layers: names of layers as the file has them.
+        header: its texts.
+        of_diffusers: what `stock_loading` says, and why.
+    """
+    return Verdict("diffusers", *of_diffusers), _comfyui(family, layers), _automatic(family, layers, header)
 
 
 def _comfyui(family: str, layers: Sequence[str]) -> Verdict:

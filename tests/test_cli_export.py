@@ -67,7 +67,9 @@ def test_to_every_format_with_the_sum_of_the_file(form: str, adapter: Adapter) -
     digest = hashlib.sha256(Path("new/out.safetensors").read_bytes()).hexdigest()
     assert f"{digest}  new/out.safetensors" in result.stdout
     # Its two ranks have become two alphas, since diffusers' form folds alpha in.
-    verdict = "loads it" if form == "diffusers" else "does not load it: it would apply it at a wrong strength"
+    verdict = (
+        "loads it" if form == "diffusers" else "does not load it: load_lora_weights applies it at another strength"
+    )
     assert f"diffusers: {verdict}" in result.stdout
     got = Adapter.load("new/out.safetensors")
     assert_same_changes(got, adapter)

@@ -167,7 +167,7 @@ def test_alphas_that_stock_diffusers_would_take_for_others(several: bool, tmp_pa
     scales = {path: pipe.unet.get_submodule(path).scaling["default_0"] for path in layers}
     is_right = all(scales[path] == pytest.approx(f.alpha / f.rank) for path, f in layers.items())
     assert loads(found)["diffusers"] == is_right == (not several)
-    assert ("(2, 3)" in found.programs[0].reason) == several
+    assert ("applies it at another strength: unet." in found.programs[0].reason) == several
 
 
 def test_an_unknown_model_is_called_so(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_an_unknown_model_is_called_so(tmp_path: Path) -> None:
 )
 def test_headers_that_hide_a_file(family: str, header: dict[str, str], hidden: bool) -> None:
     assert bool(hidden_by(family, header)) == hidden
-    verdict = verdicts(family, ["lora_unet_mid_block_x"], header, "")[-1]
+    verdict = verdicts(family, ["lora_unet_mid_block_x"], header, (True, ""))[-1]
     assert verdict.loads == (not hidden)
 
 

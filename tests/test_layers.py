@@ -70,6 +70,7 @@ LAYERS = {
     "adapter_keys": 1.1,
     "strength": 1.2,
     "programs": 2,
+    "stock_loading": 3.1,
     "inspection": 3.15,
     "merging": 3.15,
     "factors": 1,
