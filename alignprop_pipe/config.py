@@ -78,6 +78,12 @@ class OptimizerOptions(_Checked):
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's running averages", low=0, high=0.999999)
     weight_decay: float = option(0.1, "AdamW's weight decay", low=0)
     max_grad_norm: float = option(5.0, "gradients are clipped to this norm", above=0)
+    max_grad_growth: float | None = option(
+        None,
+        "each picture's gradient, on its way back through the denoising steps, is scaled down to this many times its "
+        "norm at the finished latents (default: it may grow)",
+        above=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,6 +92,7 @@ class StepClock:
     distances: list[Tensor] = field(default_factory=list)
     carries_gradient: bool = False
     has_stepped: bool = False
+    norms_at_end: Tensor | None = None
 
     def start(self) -> None:
         """Fix T and draw K, once for the trajectory."""
@@ -107,6 +108,22 @@ class StepClock:
         """The scheduler, or a copy of it, has made `latents` of what the denoiser said."""
         self.start()
         self.has_stepped, self.carries_gradient = True, latents.requires_grad
+        if self.config.optimizer.max_grad_growth is not None and latents.requires_grad:
+            latents.register_hook(self.with_growth_limited)
+
+    def with_growth_limited(self, gradient: Tensor) -> Tensor:
+        """The gradient of some step's latents, for each picture at most `max_grad_growth` times that of the last ones.
+
+        The backward pass comes to the finished latents first; where these pull at nothing, nothing is limited.
+        """
+        norms = torch.linalg.vector_norm(
+            gradient, dim=tuple(range(1, gradient.ndim)), dtype=torch.promote_types(gradient.dtype, torch.float32)
+        )
+        if self.norms_at_end is None or self.norms_at_end.shape != norms.shape:
+            self.norms_at_end = norms
+        limits = self.config.optimizer.max_grad_growth * self.norms_at_end
+        scales = torch.where((norms > limits) & (limits > 0), limits / norms, 1.0)
+        return gradient * scales.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
 
     def end_step(self) -> None:
         """Count the step that is through, if one is."""

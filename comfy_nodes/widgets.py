@@ -25,7 +25,9 @@ UP_FRONT = (
 )  # fmt: skip
 """Settings that the Align node shows at once; the others are in its advanced group."""
 
-SMALL = {"lr": 1e-5, "weight_decay": 1e-5, "distance_weight": 1e-3, "max_grad_norm": 0.01, "eta": 0.05, "alpha": 0.5}
+SMALL = {
+    "lr": 1e-5, "weight_decay": 1e-5, "distance_weight": 1e-3, "max_grad_norm": 0.01, "eta": 0.05, "alpha": 0.5,
+}  # fmt: skip
 """Steps of the arrows of number widgets that are not 0.1."""
 HIGHEST = {
     "lr": 1.0, "weight_decay": 10.0, "guidance_scale": 100.0, "alpha": 65536.0, "height": 8192, "width": 8192,

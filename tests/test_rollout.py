@@ -1,6 +1,7 @@
 """The rollout on one pipeline: schedulers, precision, checkpointing, memory, and what it leaves behind."""
 
 import copy
+import functools
 import inspect
 import random
 from contextlib import nullcontext
@@ -420,6 +421,58 @@ def test_half_precision_img2img_encodes_its_picture():
     with stock.frozen_for_training(pipe, weights):
         result = roll(pipe, extra=miniatures.FAMILIES["sd15_img2img"].call(2), num_inference_steps=5)
         assert all(part.isfinite().all() for part in gradient(result.images, weights))
+
+
+# --- the gradient's growth ------------------------------------------------------------------------------------------
+
+
+def limited_by_hand(chain: Chain, growth: float, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The gradient, piece by piece: from the pictures to the last latents, cut there to size, on to the ones before."""
+    kind, latents = type(chain.pipe.scheduler), []
+    step = kind.step
+
+    @functools.wraps(step)
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        latents.append(result[0])
+        return result
+
+    monkeypatch.setattr(kind, "step", kept)
+    with torch.enable_grad(), by_hand.same_hidden_draws():
+        pictures = inspect.unwrap(type(chain.pipe).__call__)(
+            chain.pipe, **chain.arguments, generator=by_hand.generators(), output_type="pt", return_dict=False
+        )[0]
+    total = [torch.zeros_like(weight) for weight in chain.weights]
+    (pull,) = torch.autograd.grad(chain.score(pictures), latents[-1], retain_graph=True)
+    limits = growth * pull.flatten(1).norm(dim=1)
+    for now, before in zip(reversed(latents), [*reversed(latents[:-1]), None], strict=True):
+        pull = torch.stack([one * min(1.0, limit / one.norm()) for one, limit in zip(pull, limits, strict=True)])
+        inputs = [*chain.weights, *([] if before is None else [before])]
+        # Of this step alone: the latents before are constants here.
+        parts = torch.autograd.grad(now, inputs, pull, retain_graph=True, allow_unused=True)
+        through = [] if before is None else torch.autograd.grad(before, chain.weights, parts[-1], retain_graph=True)
+        for place, part in enumerate(parts[: len(total)]):
+            total[place] += part - (through[place] if through else 0)
+        pull = parts[-1]
+    return total
+
+
+@pytest.mark.parametrize("growth", [1e6, 1.0, 0.2])
+def test_a_gradient_grows_no_further_than_it_may(growth, monkeypatch):
+    pipe, weights = sd15()
+    images = roll(pipe, truncation="full", max_grad_growth=growth).images
+    chain = Chain(pipe, pipe.unet, arguments(), weights)
+    got = torch.autograd.grad(chain.score(images), weights)
+    assert by_hand.relative_difference(got, limited_by_hand(chain, growth, monkeypatch)) < 1e-9
+    is_exact = by_hand.relative_difference(got, chain.gradient(STEPS)) < 1e-10
+    assert is_exact == (growth == 1e6)
+
+
+def test_the_growth_is_limited_picture_by_picture():
+    pipe, weights = sd15()
+    images = roll(pipe, truncation="full", max_grad_growth=0.5).images
+    alone = [torch.autograd.grad(image.square().sum(), weights, retain_graph=True) for image in images]
+    assert by_hand.relative_difference(gradient(images, weights), [a + b for a, b in zip(*alone, strict=True)]) < 1e-10
 
 
 # --- checkpointing and memory ---------------------------------------------------------------------------------------
