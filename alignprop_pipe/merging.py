@@ -6,10 +6,12 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from alignprop_pipe import adapter_files, hub, lora, strength
 from alignprop_pipe.adapter import Adapter
@@ -19,6 +21,10 @@ from alignprop_pipe.export_header import public_id
 from alignprop_pipe.export_keys import layers_from, misfit, named_for, networks
 from alignprop_pipe.factors import Factors, Layers
 from alignprop_pipe.sources import exists
+
+QUANTISERS = ("optimum.", "bitsandbytes.", "torchao.", "torch.ao.", "hqq.", "gguf.", "awq.", "gptqmodel.")
+"""Packages whose layers stand for quantised ones."""
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def merge(
@@ -42,19 +48,26 @@ def merge(
         dtype: precision of the weights; default: those of `pipe`. The sum is taken in float32 or finer.
 
     Raises:
-        AdapterError: `out` exists, or the adapter is damaged, for another model, or for some of the steps alone.
+        AdapterError: `out` exists; a network of `pipe` is quantised or offloaded; or the adapter is damaged, for
+            another model, or for some of the steps alone.
         PipelineError: a checkpoint file of another model, or weights that do not fit `dtype`.
         RunError: the disk does not take it.
     """
     target = Path(out)
     if exists(target) or target.is_symlink():
         raise AdapterError(f"{str(out)!r} exists already and is not overwritten; choose another name")
-    layers = _fitting(pipe, adapter)
     parts = networks(pipe)
+    for name, part in parts.items():
+        if reason := _no_plain_weights(part):
+            raise AdapterError(
+                f"{name} {reason}, so that no model can be written from it: load it without that, in bfloat16 where "
+                "memory is short, then merge; its own weights are finer than what is left of them here"
+            )
+    layers = _fitting(pipe, adapter)
     with lora.taken_out(parts.values()), contextlib.ExitStack() as stack:
         for name, network_layers in layers.items():
             for path, factors in network_layers.items():
-                stack.enter_context(_fused(parts[name].get_submodule(path), f"{name}.{path}", factors, scale))
+                stack.enter_context(_fused(parts[name].get_submodule(path), factors, scale))
         if target.suffix == ".safetensors":
             return write_checkpoint(pipe, target, dtype)
         if dtype is not None:
@@ -64,6 +77,31 @@ def merge(
             DiffusionPipeline.save_pretrained(pipe, beside)
             _without_places(beside)
     return target
+
+
+def _no_plain_weights(part: nn.Module) -> str:
+    """What a network computes with where its weights are no plain numbers; empty as a rule.
+
+    A sum with them is rounded away or fails, and what is written of them no freshly loaded model finds.
+    """
+    for path, layer in part.named_modules():
+        if type(layer).__module__.startswith(QUANTISERS) or callable(getattr(layer, "weight", None)):
+            return (
+                f"is quantised ({path or 'it'} is a {type(layer).__name__} of {type(layer).__module__.split('.')[0]})"
+            )
+        if is_parametrized(layer):
+            return f"has weights that are computed anew in each call ({path} is parametrized)"
+        held = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+        for name, tensor in held:
+            called = f"{path}.{name}" if path else name
+            if tensor.is_meta:
+                return f"is offloaded ({called} is not in memory)"
+            if type(tensor) not in PLAIN:
+                return f"is quantised ({called} is a {type(tensor).__name__})"
+            is_weight = isinstance(tensor, nn.Parameter)
+            if (tensor.is_floating_point() and tensor.itemsize < 2) or (is_weight and not tensor.is_floating_point()):
+                return f"is quantised ({called} is in {str(tensor.dtype).removeprefix('torch.')})"
+    return ""
 
 
 def fused_weight(weight: Tensor, factors: Factors, scale: float = 1.0) -> Tensor:
@@ -108,11 +146,9 @@ def _fitting(pipe: DiffusionPipeline, adapter: "str | Path | Adapter") -> Layers
 
 
 @contextlib.contextmanager
-def _fused(layer: nn.Module, called: str, factors: Factors, scale: float) -> Iterator[None]:
+def _fused(layer: Any, factors: Factors, scale: float) -> Iterator[None]:
     """The layer with its change inside the block, and as it was afterwards."""
     weight = layer.weight
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
-        raise AdapterError(f"the weight of {called} is quantised or offloaded; load the model without that, then merge")
     kept = weight.data
     weight.data = fused_weight(kept, factors, scale)
     try:

@@ -10,7 +10,8 @@ from adapters import made
 from diffusers import DiffusionPipeline
 from miniatures import FAMILIES
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from alignprop_pipe import AlignPropPipeline, load_adapter
 from alignprop_pipe import merging as subject
@@ -194,9 +195,59 @@ def test_a_file_that_is_no_lora(tmp_path: Path) -> None:
         merge(FAMILIES["sd15"].make(), file, tmp_path / "merged")
 
 
-def test_weights_that_are_not_here(tmp_path: Path) -> None:
+def _offloaded(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+
+
+def _of_integers(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+
+
+def _of_eight_bits(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def _of_another_kind(layer: nn.Linear) -> None:
+    """A tensor that stands for others, as torchao's and GGUF's do."""
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data), requires_grad=False)
+
+
+def _computed(layer: nn.Linear) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_offloaded, "is offloaded"),
+        (_of_integers, "is quantised .* is in int8"),
+        (_of_eight_bits, "is quantised .* is in float8_e4m3fn"),
+        (_of_another_kind, "is quantised .* is a TwoTensor"),
+        (_computed, "is parametrized"),
+    ],
+)
+@pytest.mark.parametrize("where", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("out", ["merged", "merged.safetensors"])
+def test_weights_that_are_no_plain_numbers(change: Any, said: str, where: str, out: str, tmp_path: Path) -> None:
+    """Also in a network that the adapter leaves alone, which is written with the others."""
     pipe = FAMILIES["sd15"].make()
-    layer = pipe.unet.get_submodule(next(iter(made("sd15").layers["unet"])))
-    layer.weight = torch.nn.Parameter(layer.weight.to("meta"), requires_grad=False)
-    with pytest.raises(AdapterError, match="quantised or offloaded"):
+    part = getattr(pipe, where)
+    layer = next(module for module in part.modules() if isinstance(module, nn.Linear))
+    change(layer)
+    with pytest.raises(AdapterError, match=f"{where}.*{said}.*load it without that.*then merge"):
+        merge(pipe, made("sd15"), tmp_path / out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_layers_that_are_quantised(tmp_path: Path) -> None:
+    """By torch itself, whose layers have a function in the place of the weight; as a storage format, by diffusers."""
+    pipe = FAMILIES["sd15"].make()
+    torch.ao.quantization.quantize_dynamic(pipe.text_encoder, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    with pytest.raises(AdapterError, match="text_encoder is quantised"):
         merge(pipe, made("sd15"), tmp_path / "merged")
+    pipe = FAMILIES["sd15"].make()
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(AdapterError, match=r"unet is quantised \(conv_in.weight is in float8_e4m3fn\)"):
+        merge(pipe, made("sd15"), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
