@@ -54,6 +54,16 @@ class Place:
 
 
 _PREFIXES = (
+    ("lora_te.", "text_encoder", "OneTrainer"),
+    ("lora_te1.", "text_encoder", "OneTrainer"),
+    ("lora_te2.", "text_encoder_2", "OneTrainer"),
+    ("lora_te3.", "text_encoder_3", "OneTrainer"),
+    ("lora_unet.", "denoiser", "OneTrainer"),
+    ("lora_transformer.", "denoiser", "OneTrainer"),
+    ("text_encoders.clip_l.transformer.", "text_encoder", "ComfyUI"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", "ComfyUI"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3", "ComfyUI"),
+    ("pipe.dit.", "denoiser", "DiffSynth"),
     ("lora_te1_", "text_encoder", "kohya"),
     ("lora_te2_", "text_encoder_2", "kohya"),
     ("lora_te3_", "text_encoder_3", "kohya"),
@@ -172,6 +182,7 @@ PIPELINES = {
     "xl": "StableDiffusionXLPipeline",
     "AuraFlowTransformer2DModel": "AuraFlowPipeline",
     "CogVideoXTransformer3DModel": "CogVideoXPipeline",
+    "ChromaTransformer2DModel": "ChromaPipeline",
     "CogView4Transformer2DModel": "CogView4Pipeline",
     "Flux2Transformer2DModel": "Flux2Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
@@ -196,7 +207,10 @@ _WAN = re.compile(r"^blocks_\d+_((self|cross)_attn_[qkvo]|attn[12]_(to_|add_)|ff
 _DOUBLE = re.compile(r"^(?:transformer_blocks|double_blocks)_(\d+)_")
 _SINGLE = re.compile(r"^single(?:_transformer)?_blocks_(\d+)_")
 
+_FIRST_OF_MLP = re.compile(r".*_(?=linear1$|img_mlp_0$|txt_mlp_0$)")
+
 _MARKS = (
+    (r"^distilled_guidance_layer_", "ChromaTransformer2DModel"),
     (r"double_stream_blocks_|single_stream_blocks_", "HiDreamImageTransformer2DModel"),
     (r"^joint_transformer_blocks_", "AuraFlowTransformer2DModel"),
     (r"^joint_blocks_|_x_block_attn_", "SD3Transformer2DModel"),
@@ -256,16 +270,23 @@ def family_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
         return "HunyuanVideoTransformer3DModel"
     for pattern, family in _MARKS:
         if clues.has(pattern):
-            return family
+            is_lumina = clues.width(r"_attention_(qkv|out)$") == 2304  # whose own names are those of Z-Image
+            return "Lumina2Transformer2DModel" if family.startswith("ZImage") and is_lumina else family
     if clues.has(_WAN):
         return "WanTransformer3DModel"
     if clues.has(_SINGLE) or clues.has(r"^double_blocks_"):
-        return _two_stream_family(clues)
+        return _two_stream_family(clues, tensors)
     return _one_stream_family(clues)
 
 
-def _two_stream_family(clues: Clues) -> str:
-    """Flux has 19 and 38 blocks, HunyuanVideo 20 and 40 of the same names and widths."""
+def _two_stream_family(clues: Clues, tensors: Mapping[str, Tensor]) -> str:
+    """Flux has 19 and 38 blocks, HunyuanVideo 20 and 40 of the same names and widths; Flux 2 has gates in its MLPs."""
+    for layer, parts in layers_of(tensors).layers.items():
+        gated = {"linear1": 9, "img_mlp_0": 6, "txt_mlp_0": 6}.get(_FIRST_OF_MLP.sub("", layer.replace(".", "_")), 0)
+        if {"down", "up"} <= parts.keys() and gated and parts["up"].shape[0] == gated * parts["down"].shape[1]:
+            return "Flux2Transformer2DModel"
+    if clues.width(r"_blocks_\d+_(linear1|(img|txt)_attn_(qkv|proj))$") in (4096, 6144):
+        return "Flux2Transformer2DModel"
     more = [(_DOUBLE, 19), (_SINGLE, 38)]
     found = ((pattern.match(path), most) for path in clues.inputs for pattern, most in more)
     is_longer = any(int(match[1]) >= most for match, most in found if match)

@@ -8,11 +8,12 @@ anything beside A and B. Files in kohya's form (`lora_unet_….lora_down.weight`
 import inspect
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
@@ -27,13 +28,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from alignprop_pipe import kohya_transformers
-from alignprop_pipe.adapter_keys import PIPELINES, UNETS, check, family_of, layers_of, place_of
+from alignprop_pipe import kohya_transformers, naming
+from alignprop_pipe.adapter_keys import PIPELINES, UNETS, check, family_of, place_of
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.export_header import Base
+from alignprop_pipe.export_header import Base, base_of
 from alignprop_pipe.factors import Factors as Factors
 from alignprop_pipe.factors import Layers as Layers
 from alignprop_pipe.lora import ADAPTER_NAME
+from alignprop_pipe.model_layers import clip_path, found_in, is_text, names_for, names_in, pipeline_class
+from alignprop_pipe.naming import Model
 from alignprop_pipe.stock import components
 from alignprop_pipe.strength import BASE_CLASS, BESIDE, Settings, folded, settings_of
 
@@ -55,13 +58,6 @@ COMPONENTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
 )  # fmt: skip
 PEFT_PREFIX = "base_model.model."
-CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
-"""How paths in a CLIP begin below its `text_model` level, which transformers 5.6 took away from some of its classes."""
-UNET_PARTS = (
-    "down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.",
-    "encoder_hid_proj", "time_proj", "class_embedding", "conv_norm_out",
-)  # fmt: skip
-
 
 # --- out of a pipeline ----------------------------------------------------------------------------------------------
 
@@ -86,17 +82,6 @@ def layers_in(pipe: DiffusionPipeline) -> Layers:
             f"{type(pipe).__name__} holds no adapter yet: train one with align(), or load_adapter() first"
         )
     return found
-
-
-def is_text(name: str) -> bool:
-    """Whether a component is a text encoder."""
-    return name.startswith("text_encoder")
-
-
-def clip_path(path: str, *, nested: bool) -> str:
-    """A path in a text encoder, with or without the level that some classes of CLIP have and others have not."""
-    bare = path.removeprefix("text_model.")
-    return f"text_model.{bare}" if nested and bare.startswith(CLIP_PARTS) else bare
 
 
 def _factors_of(layer: Any) -> Factors:
@@ -184,41 +169,37 @@ def layers_from(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Map
     options: dict[str, Any] = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
     parts = networks(pipe)
     sole = next((n for n, part in parts.items() if isinstance(part, ModelMixin) and not hasattr(part, "decode")), "")
-    return named_for(pipe, _all_of(pipe, tensors, header, options, set(parts), sole))
+    known = {
+        name: frozenset(clip_path(path, nested=True) for path in names_in(part)) if is_text(name) else names_in(part)
+        for name, part in parts.items()
+    }
+    model = Model(
+        lambda name: known.get(name, frozenset()),
+        tuple(filter(is_text, parts)),
+        sole,
+        base_of(pipe).families.get(sole, ""),
+        getattr(options.get("unet_config"), "layers_per_block", 2),
+    )
+    return named_for(pipe, _all_of(pipe, tensors, header, options, model))
 
 
 def layers_alone(base: Base, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Layers:
     """As `layers_from`, where no pipeline is there but what is known of it."""
-    reader = pipeline_class(base.base_class) or pipeline_class(PIPELINES.get(family_of(tensors, header), ""))
+    family = family_of(tensors, header)
+    reader = pipeline_class(base.base_class) or pipeline_class(PIPELINES.get(family, ""))
     is_transformer = not hasattr(reader, "unet_name") and hasattr(reader, "transformer_name")
     # What diffusers asks of a UNet's configuration, to number the blocks of SDXL's original layout.
     options = {} if is_transformer else {"unet_config": SimpleNamespace(layers_per_block=2)}
     own = [name for name in base.families if name.isidentifier()]
     sole = next(iter(own), "transformer" if is_transformer else "unet")
-    found = _all_of(reader, tensors, header, options, {*COMPONENTS, *own}, sole)
-    _check_names(found, foreign="alignprop.families" not in header)
+    family = base.families.get(sole) or family
+    known = partial(names_for, getattr(reader, "__name__", ""), family=family)
+    model = Model(known, tuple(filter(is_text, COMPONENTS)), sole, family, extra=frozenset({*COMPONENTS, *own}))
+    found = _all_of(reader, tensors, header, options, model, check_names="alignprop.families" not in header)
     denoiser = header.get("alignprop.denoiser", "")
     if denoiser == "transformer_2" and found.keys() == {"transformer"}:  # ComfyUI's file of the second one
         return {denoiser: found["transformer"]}
     return found
-
-
-def _check_names(found: Layers, *, foreign: bool) -> None:
-    """Raises ValueError for names that no converter has understood."""
-    for name, layers in found.items():
-        for path in layers:
-            if path.startswith(("lora_", "lycoris_", "diffusion_model.")):
-                raise ValueError(f"nobody reads {path!r} for this model; names of diffusers or ComfyUI are needed")
-            if foreign and name == "unet" and not path.startswith(UNET_PARTS):
-                raise ValueError(f"{path!r} is no layer of a UNet")
-
-
-def pipeline_class(name: str) -> Any:
-    """The pipeline class of diffusers of that name, which a file's header may have made up; None if there is none."""
-    if not name.endswith("Pipeline") or not name.isidentifier():
-        return None
-    found = getattr(diffusers, name, None)
-    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
 
 
 def named_for(pipe: DiffusionPipeline, adapter: Layers) -> Layers:
@@ -237,67 +218,52 @@ def _all_of(
     tensors: dict[str, Tensor],
     header: Mapping[str, str],
     options: dict[str, Any],
-    names: Collection[str],
-    sole: str,
+    model: Model,
+    check_names: bool = False,
 ) -> Layers:
     """Every layer of the file, by component, or ValueError: nothing is dropped in silence."""
     in_file = check(tensors).layers
     # Alphas of the layers' own come first; converters fold them in.
     said = {} if any("alpha" in parts for parts in in_file.values()) else header
-    sole = _component_told(header, names) or sole
-    found = _kohya_layers(tensors, header, said)
-    if not found:
-        state = _converted(reader, tensors, options)
-        paths = {key.partition(".lora_")[0] for key in state}
-        if BESIDE in said and settings_of(said, "").patterns and not all(place_of(n).path in paths for n in in_file):
-            state, said = _converted(reader, folded(tensors, said), options), {}
-        found = _sorted(state, said, names, sole)
+    if told := _component_told(header, model):
+        model = replace(model, sole=told)
+    found, unknown = naming.read(in_file, model, lambda name, path, rank: settings_of(said, name).alpha_of(path, rank))
+    if unknown:
+        try:
+            state = _converted(reader, tensors, options)
+            paths = {key.partition(".lora_")[0] for key in state}
+            if (
+                BESIDE in said
+                and settings_of(said, "").patterns
+                and not all(place_of(n).path in paths for n in in_file)
+            ):
+                state, said = _converted(reader, folded(tensors, said), options), {}
+            found = _sorted(state, said, model)
+        except Exception as error:  # converters fail in any way, and name keys of their own
+            raise ValueError(model.missing(unknown[0])) from error
+        if check_names:
+            _check_names(found, unknown[0], model)
     if sum(map(len, found.values())) < len(in_file):
         raise ValueError("some of its keys name the same layer, or one that this model has not")
     return {name: found[name] for name in sorted(found, key=lambda name: (is_text(name), name))}
 
 
-def _component_told(header: Mapping[str, str], names: Collection[str]) -> str:
+def _component_told(header: Mapping[str, str], model: Model) -> str:
     """The text encoder that PEFT's settings name, by its class; empty for what is a denoiser or not known."""
     told = header.get(BASE_CLASS, "")
     if told.startswith("CLIPText"):
-        second = told.endswith("WithProjection") and "text_encoder_2" in names
+        second = told.endswith("WithProjection") and model.has("text_encoder_2")
         return "text_encoder_2" if second else "text_encoder"
     return ""
 
 
-def _kohya_layers(tensors: Mapping[str, Tensor], header: Mapping[str, str], said: Mapping[str, str]) -> Layers:
-    """The layers of a transformer by its own names, as kohya's scripts and ComfyUI have them; empty for other files.
-
-    Here they keep their alphas, which diffusers' converters fold in; ComfyUI's for Flux no converter reads.
-    """
-    made_for = header.get("alignprop.base_class", "")  # text encoders alone do not tell
-    told = next((family for family, pipeline in PIPELINES.items() if pipeline == made_for), "")
-    family = told or family_of(tensors, header)
-    in_file = layers_of(tensors).layers
-    dotted = ("diffusion_model.",) if family == "FluxTransformer2DModel" else ()
-    are_own = all(name.startswith(("lora_unet_", "lora_te", *dotted)) for name in in_file)
-    if not (are_own and kohya_transformers.is_known(family)):
-        return {}
-    raw: Layers = {}
-    for name, parts in in_file.items():
-        place, rank = place_of(name), parts["down"].shape[0]
-        component = place.component.replace("denoiser", "transformer")
-        alpha = parts["alpha"] if "alpha" in parts else settings_of(said, component).alpha_of(place.path, rank)
-        raw.setdefault(place.component, {})[place.path.replace(".", "_")] = _whole(parts["down"], parts["up"], alpha)
-    own = kohya_transformers.from_kohya(family, raw.pop("denoiser", {}))
-    found = {"transformer": own} if own else {}
-    for name, layers in raw.items():
-        found[name] = {_clip_dotted(flat): factors for flat, factors in layers.items()}
-    return found
-
-
-def _clip_dotted(flat: str) -> str:
-    """A CLIP's path out of kohya's flat one."""
-    path = flat.replace("_", ".")
-    for word in ("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"):
-        path = path.replace(word.replace("_", "."), word)
-    return path
+def _check_names(found: Layers, unknown: str, model: Model) -> None:
+    """Raises ValueError for names that no converter has understood."""
+    for name, layers in found.items():
+        names = model.names(name)
+        for path in layers:
+            if (names and not found_in(path, names)) or path.startswith(("lora_", "lycoris_", "diffusion_model.")):
+                raise ValueError(model.missing(unknown))
 
 
 def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
@@ -312,12 +278,12 @@ def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any])
     return {**state, **(alphas or {})}
 
 
-def _sorted(state: Mapping[str, Any], header: Mapping[str, str], names: Collection[str], sole: str) -> Layers:
-    """By component: of `names`, or `sole` where a key names none."""
+def _sorted(state: Mapping[str, Any], header: Mapping[str, str], model: Model) -> Layers:
+    """By component, or the model's sole one where a key names none."""
     by_part: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
-        name, path = (head, rest) if head in names else (sole, key.removeprefix(PEFT_PREFIX))
+        name, path = (head, rest) if model.has(head) else (model.sole, key.removeprefix(PEFT_PREFIX))
         by_part.setdefault(name, {})[path.replace(".default.", ".")] = value
     found = {}
     for name, keys in by_part.items():
@@ -344,15 +310,8 @@ def _layers(keys: Mapping[str, Any], settings: Settings) -> dict[str, Factors]:
             raise ValueError(f"{path} has only {' and '.join(sorted(values))} of its two matrices")
         down, up = values["A.weight"], values["B.weight"]
         alpha = values["alpha"] if "alpha" in values else settings.alpha_of(path, down.shape[0])
-        layers[path] = _whole(down, up, alpha)
+        layers[path] = naming.whole(down, up, alpha)
     return layers
-
-
-def _whole(down: Tensor, up: Tensor, alpha: Any) -> Factors:
-    number = float(alpha)
-    if not math.isfinite(number):
-        raise ValueError(f"an alpha is {number}")
-    return Factors(down, up, number)
 
 
 def misfit(part: nn.Module, path: str, factors: Factors) -> str:

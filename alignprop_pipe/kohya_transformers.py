@@ -98,6 +98,148 @@ BLOCKS: dict[str, dict[str, Blocks]] = {
 OTHERS: dict[str, Names] = {"FluxTransformer2DModel": _FLUX_OTHERS}
 
 
+# --- names that are read and not written -----------------------------------------------------------------------------
+
+_QKV = Fused(("attn.to_q", "attn.to_k", "attn.to_v"), (1, 1, 1))
+_HUNYUAN = {
+    "attn.to_out.0": "img_attn_proj", "ff.net.0.proj": "img_mlp.fc1", "ff.net.2": "img_mlp.fc2",
+    "norm1.linear": "img_mod.linear", "attn.to_add_out": "txt_attn_proj", "ff_context.net.0.proj": "txt_mlp.fc1",
+    "ff_context.net.2": "txt_mlp.fc2", "norm1_context.linear": "txt_mod.linear",
+}  # fmt: skip
+_HUNYUAN_REFINER = Blocks(
+    "txt_in.individual_token_refiner.blocks",
+    {
+        "attn.to_out.0": "self_attn_proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2",
+        "norm_out.linear": "adaLN_modulation.1",
+    },
+    {"self_attn_qkv": _QKV},
+)  # fmt: skip
+_LUMINA = {
+    "attn.to_out.0": "attention.out", "feed_forward.linear_1": "feed_forward.w1",
+    "feed_forward.linear_2": "feed_forward.w2", "feed_forward.linear_3": "feed_forward.w3",
+    "norm1.linear": "adaLN_modulation.1",
+}  # fmt: skip
+_LUMINA_FUSED = {"attention.qkv": Fused(_QKV.parts, (3, 1, 1))}
+"""Lumina 2 has three heads of the query for one of key and value."""
+_Z_IMAGE_FUSED = {"attention.qkv": Fused(("attention.to_q", "attention.to_k", "attention.to_v"), (1, 1, 1))}
+
+_FLUX2 = {
+    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+}  # fmt: skip
+_FLUX_LIKE = tuple(BLOCKS["FluxTransformer2DModel"].items())
+
+READ_BLOCKS: dict[str, tuple[tuple[str, Blocks], ...]] = {
+    "HunyuanVideoTransformer3DModel": (
+        ("transformer_blocks", Blocks("double_blocks", _HUNYUAN, {
+            "img_attn_qkv": _FLUX_FUSED["img_attn.qkv"], "txt_attn_qkv": _FLUX_FUSED["txt_attn.qkv"],
+        })),
+        ("transformer_blocks", Blocks("double_blocks", _FLUX_DOUBLE)),
+        ("single_transformer_blocks", Blocks(
+            "single_blocks", {"proj_out": "linear2", "norm.linear": "modulation.linear"}, _FLUX_SINGLE
+        )),
+        ("single_transformer_blocks", Blocks("single_blocks", {"norm.linear": "modulation.lin"})),
+        ("context_embedder.token_refiner.refiner_blocks", _HUNYUAN_REFINER),
+        ("context_embedder.token_refiner.refiner_blocks", Blocks(
+            _HUNYUAN_REFINER.name,
+            {"attn.to_out.0": "self_attn.proj", "ff.net.0.proj": "mlp.0", "ff.net.2": "mlp.2"},
+            {"self_attn.qkv": _QKV},
+        )),
+    ),
+    "ChromaTransformer2DModel": (
+        *_FLUX_LIKE,
+        ("distilled_guidance_layer.layers", Blocks(
+            "distilled_guidance_layer.layers", {"linear_1": "in_layer", "linear_2": "out_layer"}
+        )),
+    ),
+    "Flux2Transformer2DModel": (
+        ("transformer_blocks", Blocks("double_blocks", _FLUX2, _FLUX_FUSED)),
+        ("single_transformer_blocks", Blocks(
+            "single_blocks", {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+        )),
+    ),
+    "Lumina2Transformer2DModel": tuple(
+        (stem, Blocks(stem, _LUMINA, _LUMINA_FUSED)) for stem in ("layers", "noise_refiner", "context_refiner")
+    ),
+    "ZImageTransformer2DModel": tuple(
+        (stem, Blocks(stem, {"attention.to_out.0": "attention.out"}, _Z_IMAGE_FUSED))
+        for stem in ("layers", "noise_refiner", "context_refiner")
+    ),
+    "SD3Transformer2DModel": (
+        ("transformer_blocks", Blocks("joint_blocks", {
+            "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+            "attn.to_q": "x_block.attn.qkv.0", "attn.to_k": "x_block.attn.qkv.1", "attn.to_v": "x_block.attn.qkv.2",
+            "attn.add_q_proj": "context_block.attn.qkv.0", "attn.add_k_proj": "context_block.attn.qkv.1",
+            "attn.add_v_proj": "context_block.attn.qkv.2",
+        })),
+    ),
+}  # fmt: skip
+"""As `BLOCKS`, of other families and of other programs."""
+READ_OTHERS: dict[str, Names] = {
+    "ChromaTransformer2DModel": {
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+    },
+    "Flux2Transformer2DModel": {
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    },
+    "HunyuanVideoTransformer3DModel": {
+        **_FLUX_OTHERS,
+        "x_embedder.proj": "img_in.proj",
+        "context_embedder.proj_in": "txt_in.input_embedder",
+        "context_embedder.time_text_embed.timestep_embedder.linear_1": "txt_in.t_embedder.mlp.0",
+        "context_embedder.time_text_embed.timestep_embedder.linear_2": "txt_in.t_embedder.mlp.2",
+        "context_embedder.time_text_embed.text_embedder.linear_1": "txt_in.c_embedder.linear_1",
+        "context_embedder.time_text_embed.text_embedder.linear_2": "txt_in.c_embedder.linear_2",
+        "time_text_embed.timestep_embedder.linear_1": "time_in.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.mlp.2",
+        "time_text_embed.guidance_embedder.linear_1": "guidance_in.mlp.0",
+        "time_text_embed.guidance_embedder.linear_2": "guidance_in.mlp.2",
+    },
+    "SD3Transformer2DModel": {
+        "context_embedder": "context_embedder", "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+    },
+    "WanTransformer3DModel": {
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    },
+    "ZImageTransformer2DModel": {
+        "all_final_layer.2-1.linear": "final_layer.linear", "all_x_embedder.2-1": "x_embedder",
+        "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+    },
+    "Lumina2Transformer2DModel": {
+        "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_caption_embed.caption_embedder.1": "cap_embedder.1",
+        "norm_out.linear_1": "final_layer.adaLN_modulation.1", "norm_out.linear_2": "final_layer.linear",
+    },
+}  # fmt: skip
+
+
+ALIKE = {
+    "WanVACETransformer3DModel": "WanTransformer3DModel", "SkyReelsV2Transformer3DModel": "WanTransformer3DModel",
+    "HunyuanVideoFramepackTransformer3DModel": "HunyuanVideoTransformer3DModel",
+}  # fmt: skip
+"""Classes whose layers have the names of another."""
+
+
 def is_known(family: str) -> bool:
     """Whether a transformer of this family has names of kohya's."""
     return family in BLOCKS
@@ -123,16 +265,28 @@ def to_kohya(family: str, layers: Mapping[str, Factors]) -> dict[str, Factors]:
     return found | {name: _side_by_side(kinds[name], parts) for name, parts in together.items()}
 
 
-def from_kohya(family: str, layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Layers by diffusers' names. Raises ValueError: a name that the family has not."""
-    found: dict[str, Factors] = {}
-    others = {_flat(name): path for path, name in OTHERS.get(family, {}).items()}
-    for flat, factors in layers.items():
-        if flat in others:
-            found[others[flat]] = _swapped(factors) if others[flat] == HALVES_SWAPPED else factors
-        else:
-            found |= _from_block(family, flat, factors)
-    return found
+def own_layers(family: str, flat: str, factors: Factors) -> dict[str, Factors]:
+    """The layers of a transformer that its own code calls `flat` (dots as underscores); empty where it has none.
+
+    Raises ValueError: the rows cannot be those of the layers that the name stands for.
+    """
+    family = ALIKE.get(family, family)
+    for path, name in {**READ_OTHERS.get(family, {}), **OTHERS.get(family, {})}.items():
+        if _flat(name) == flat:
+            return {path: _swapped(factors) if path == HALVES_SWAPPED else factors}
+    for stem, blocks in (*BLOCKS.get(family, {}).items(), *READ_BLOCKS.get(family, ())):
+        match = re.fullmatch(rf"{_flat(blocks.name)}_(\d+)_(\w+)", flat)
+        if match is None:
+            continue
+        place = f"{stem}.{match[1]}"
+        for layer, name in blocks.layers.items():
+            if _flat(name) == match[2]:
+                last = layer == "norm1_context.linear" and factors.up.shape[0] == 2 * factors.down.shape[1]
+                return {f"{place}.{layer}": _swapped(factors) if last else factors}  # as `HALVES_SWAPPED`
+        for name, fused in blocks.fused.items():
+            if _flat(name) == match[2]:
+                return {f"{place}.{layer}": part for layer, part in _taken_apart(fused, factors).items()}
+    return {}
 
 
 def _name(family: str, path: str) -> tuple[str, Fused | None]:
@@ -148,21 +302,6 @@ def _name(family: str, path: str) -> tuple[str, Fused | None]:
         if layer in fused.parts:
             return _flat(f"{blocks.name}.{number}.{name}"), fused
     raise AdapterError(f"kohya's scripts have no name for {path} of {family}; take the format 'diffusers'")
-
-
-def _from_block(family: str, flat: str, factors: Factors) -> dict[str, Factors]:
-    for stem, blocks in BLOCKS[family].items():
-        match = re.fullmatch(rf"{blocks.name}_(\d+)_(\w+)", flat)
-        if match is None:
-            continue
-        place = f"{stem}.{match[1]}"
-        for layer, name in blocks.layers.items():
-            if _flat(name) == match[2]:
-                return {f"{place}.{layer}": factors}
-        for name, fused in blocks.fused.items():
-            if _flat(name) == match[2]:
-                return {f"{place}.{layer}": part for layer, part in _taken_apart(fused, factors).items()}
-    raise ValueError(f"'lora_unet_{flat}' is no layer of {family}")
 
 
 def _flat(name: str) -> str:

@@ -24,8 +24,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from alignprop_pipe.adapter_keys import layers_of
-from alignprop_pipe.export_keys import clip_path, is_text, pipeline_class
 from alignprop_pipe.factors import Factors, Layers
+from alignprop_pipe.model_layers import clip_path, is_text, pipeline_class
 from alignprop_pipe.seeds import SeededDraws
 
 UNKNOWN = "the model is not known"

@@ -256,7 +256,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "window": (GOOD, {"alignprop.window": "0.9-0.1"}, "its window is damaged"),
     "not a layer of a UNet": (
         {**HALF, "unet.extra.lora_A.weight": torch.ones(1, 4), "unet.extra.lora_B.weight": torch.ones(4, 1)}, {},
-        "this package does not load it: 'extra' is no layer of a UNet",
+        "this package does not load it: 'unet.extra' is no layer of Stable Diffusion 1's UNet",
     ),
 }  # fmt: skip
 

@@ -61,6 +61,8 @@ LAYERS = {
     "states": 2.1,
     "windows": 2.2,
     "single_file": 2,
+    "model_layers": 2.1,
+    "naming": 2.2,
     "export_header": 2,
     "drawings": 2,
     "report": 2,
