@@ -92,7 +92,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     layers, unreadable = _readable(tensors, header, base, in_file)
     all_layers = [factors for part in layers.values() for factors in part.values()]
     family = next(iter(base.families.values()), "")
-    of_diffusers = said_of_diffusers(base.base_class, source, tensors, {} if unreadable else layers)
+    of_diffusers = said_of_diffusers(base, source, tensors, {} if unreadable else layers)
     return Inspection(
         file=source.name,
         sha256=sha256_of(source),

@@ -1,7 +1,7 @@
 """What diffusers does with a file: the pipeline's own `load_lora_weights`, run on a skeleton of the pipeline.
 
-The skeleton has the layers that the loader itself finds names for, of the shapes in the file and without weights, so
-that every model is there at no cost; what it holds afterwards is what a real one would apply.
+The skeleton has the layers of the model that the loader itself finds names for, of the shapes in the file and without
+weights, so that every model is there at no cost; what it holds afterwards is what a real one would apply.
 """
 
 import inspect
@@ -24,8 +24,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from alignprop_pipe.adapter_keys import layers_of
+from alignprop_pipe.export_header import Base
 from alignprop_pipe.factors import Factors, Layers
-from alignprop_pipe.model_layers import clip_path, is_text, pipeline_class
+from alignprop_pipe.model_layers import clip_path, found_in, is_text, names_for, pipeline_class
 from alignprop_pipe.seeds import SeededDraws
 
 UNKNOWN = "the model is not known"
@@ -37,18 +38,16 @@ TOLERANCE = 0.01
 WAY_OUT = "export it with --to diffusers"
 
 
-def said_of_diffusers(
-    base_class: str, file: Path, tensors: Mapping[str, Tensor], layers: Layers
-) -> tuple[bool | None, str]:
+def said_of_diffusers(base: Base, file: Path, tensors: Mapping[str, Tensor], layers: Layers) -> tuple[bool | None, str]:
     """Whether the stock pipeline's `load_lora_weights` applies the whole file at its strength, and why not.
 
     Args:
-        base_class: the pipeline class of diffusers that the file is for.
+        base: the model that the file is for, of which the pipeline class of diffusers and the denoisers are asked.
         file: where it lies; the loader reads header and tensors from there. A pickle is taken from `tensors`.
         tensors: what is in it.
         layers: the same as this package reads it; empty where it does not.
     """
-    reader = pipeline_class(base_class)
+    base_class, reader = base.base_class, pipeline_class(base.base_class)
     if reader is None:
         return None, UNKNOWN
     if not hasattr(reader, "load_lora_weights"):
@@ -61,7 +60,7 @@ def said_of_diffusers(
     try:
         with warnings.catch_warnings(), SeededDraws(0):
             warnings.simplefilter("ignore")
-            pipe = _skeleton(reader, source)
+            pipe = _skeleton(reader, source, base)
             pipe.load_lora_weights(source, adapter_name=NAME)
     except Exception as error:  # loaders fail in any way on names and shapes that they do not expect
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -153,7 +152,7 @@ class _Network(PeftAdapterMixin, nn.Module):
         return self
 
 
-def _skeleton(reader: Any, source: Any) -> Any:
+def _skeleton(reader: Any, source: Any, base: Base) -> Any:
     """A pipeline of that class without its own start: each part that its loader puts LoRAs on, and the layers named."""
     options = {"unet_config": CONFIG} if hasattr(reader, "unet_name") else {}
     state = reader.lora_state_dict(dict(source) if isinstance(source, dict) else source, **options)
@@ -168,7 +167,13 @@ def _skeleton(reader: Any, source: Any) -> Any:
             mine = {clip_path(key, nested=nested): value for key, value in mine.items()}
         elif mine and "lora_A" not in next(iter(mine)):
             mine = convert_unet_state_dict_to_peft(mine)
-        parts[name] = _Network(_layers_named(mine), nested=nested)
+        names = names_for(reader.__name__, name, family=base.families.get(name, ""))
+        layers = {
+            path: layer
+            for path, layer in _layers_named(mine).items()
+            if not names or found_in(clip_path(path, nested=True) if is_text(name) else path, names)
+        }
+        parts[name] = _Network(layers, nested=nested)
     made = type(reader.__name__, (reader,), {"components": parts, "hf_device_map": None, "parts": parts})
     pipe = made.__new__(made)
     vars(pipe).update(parts)
