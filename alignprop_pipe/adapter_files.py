@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from alignprop_pipe import strength
+from alignprop_pipe import file_kinds, strength
 from alignprop_pipe.adapter_keys import split_key
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.sources import adapter_in, hub_hint, is_file, is_folder
@@ -86,7 +86,11 @@ def located(path: str | Path) -> Path:
     """The adapter's file, for which its folder may stand: a run's, PEFT's or diffusers'. Raises AdapterError."""
     source = Path(path)
     if is_folder(source):
-        source = _in_folder(source)
+        folder, source = source, _in_folder(source)
+        if not source.exists():
+            raise AdapterError(
+                f"there is no adapter file {str(source)!r}: the folder is {file_kinds.kind_of_folder(folder)}"
+            )
     if not is_file(source):
         raise AdapterError(
             f"there is no adapter file {str(source)!r}; a run writes runs/<name>/adapter.safetensors{hub_hint(path)}"
@@ -145,6 +149,7 @@ def _read(source: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str
     with source.open("rb") as file:
         start, size = file.read(8), os.fstat(file.fileno()).st_size
         if _is_pickle(start) and not _opens_header(file, start, size):
+            _check_not_archive(file, source.name)
             if not allow_pickle:
                 raise AdapterError(
                     f"{source.name} is a pickle, which can run any program when it is read, and is not opened: ask "
@@ -152,10 +157,12 @@ def _read(source: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str
                     "'alignprop export --allow-pickle': torch then reads weights from it and runs nothing"
                 )
             return _read_pickle(file, source.name), {}
+        if kind := file_kinds.kind_of_bytes(start + file.read(200), size) if not _may_be_header(start, size) else "":
+            raise AdapterError(f"{source.name} holds no LoRA: it is {kind}")
+        file.seek(len(start))
         text = _header_text(file, start, size)
-        described = _described(text, size - 8 - len(text))
+        described = _described(text, size - 8 - len(text), source.name)
         header = described.pop("__metadata__", {})
-        _check_is_lora(described, source.name)
         file.seek(0)
         content = file.read()
     if len(content) != size or not content.startswith(start + text):
@@ -174,6 +181,10 @@ def _opens_header(file: BinaryIO, start: bytes, size: int) -> bool:
     return first == b"{" and int.from_bytes(start, "little") <= size - 8
 
 
+def _may_be_header(start: bytes, size: int) -> bool:
+    return len(start) == 8 and int.from_bytes(start, "little") <= size - 8
+
+
 def _header_text(file: BinaryIO, start: bytes, size: int) -> bytes:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
@@ -183,8 +194,11 @@ def _header_text(file: BinaryIO, start: bytes, size: int) -> bytes:
     return file.read(length)
 
 
-def _described(text: bytes, data_size: int) -> dict[str, Any]:
-    """The header: the metadata, and each tensor's number format, shape and place, which fill the data exactly."""
+def _described(text: bytes, data_size: int, called: str) -> dict[str, Any]:
+    """The header: the metadata, and each tensor's number format, shape and place, which fill the data exactly.
+
+    Raises AdapterError where its names are none of a LoRA, and ValueError where it is damaged.
+    """
     described = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_number)
     if not isinstance(described, dict):
         raise ValueError("its header is no JSON object")
@@ -193,6 +207,7 @@ def _described(text: bytes, data_size: int) -> dict[str, Any]:
         raise ValueError("its metadata holds something else than texts")
     if len(described) > MOST_TENSORS:
         raise ValueError(f"it claims {len(described)} tensors")
+    _check_is_lora((key for key in described if key != "__metadata__"), called)
     places = sorted(_place(key, entry) for key, entry in described.items() if key != "__metadata__")
     end = 0
     for begin, stop in places:
@@ -236,11 +251,17 @@ def _no_number(text: str) -> Any:
 
 
 def _check_is_lora(keys: Iterable[str], called: str) -> None:
-    """Before the data is read: a whole model may be larger than the memory."""
+    """Before the data is read: a whole model may be larger than the memory. Raises AdapterError."""
     keys = list(keys)
-    if keys and not any(split_key(key) for key in keys):
+    parts = [split for key in keys if (split := split_key(key))]
+    if any(matrix != "alpha" for _, matrix in parts):
+        return
+    if kind := file_kinds.kind_of(keys):
+        raise AdapterError(f"{called} holds no plain LoRA: it is {kind}")
+    if keys and not parts:
         raise AdapterError(
-            f"{called} holds no LoRA: its first key is {keys[0]!r}; a whole model goes to from_single_file"
+            f"{called} holds no LoRA: its first key is {keys[0]!r}, which is of no kind that is known here; a whole "
+            "model goes to from_single_file"
         )
 
 
@@ -259,6 +280,15 @@ def _is_pickle(start: bytes) -> bool:
     return start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
 
 
+def _check_not_archive(file: BinaryIO, called: str) -> None:
+    """Torch's files are zip archives too, with a pickle in them. Raises AdapterError."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            raise AdapterError(f"{called} holds no LoRA: it is a zip archive ({', '.join(names[:3])}); unpack it first")
+
+
 def _read_pickle(file: BinaryIO, called: str) -> dict[str, Tensor]:
     """The tensors of a pickle, by torch's reader for weights alone. Raises AdapterError."""
     size = os.fstat(file.fileno()).st_size
@@ -269,9 +299,13 @@ def _read_pickle(file: BinaryIO, called: str) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about the protocol of a pickle that it refuses or reads right after
             found = torch.load(file, map_location="cpu", weights_only=True)
         found = found.get("state_dict", found) if isinstance(found, dict) else found
+        if isinstance(found, dict) and (kind := _kind_in_pickle(found)):
+            raise AdapterError(f"{called} holds no plain LoRA: it is {kind}")
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise ValueError(f"it holds a {type(found).__name__} where named tensors are needed")
         _check_tensors(found, size)
+    except AdapterError:
+        raise
     except Exception as error:  # an unpickler may fail in any way
         reason = _reason_of_torch(error)
         raise AdapterError(
@@ -280,6 +314,14 @@ def _read_pickle(file: BinaryIO, called: str) -> dict[str, Tensor]:
         ) from error
     _check_is_lora(found, called)
     return {key: _usable(tensor.detach().clone()) for key, tensor in found.items()}
+
+
+def _kind_in_pickle(found: Mapping[Any, Any]) -> str:
+    """What a dictionary is by its keys, where it is no LoRA."""
+    if {320, 640, 768, 1280} & {key for key in found if type(key) is int}:
+        return "a hypernetwork (AUTOMATIC1111 reads it)"
+    keys = [key for key in found if isinstance(key, str)]
+    return "" if any(map(split_key, keys)) else file_kinds.kind_of(keys)
 
 
 def _reason_of_torch(error: Exception) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from alignprop_pipe.file_kinds import said_of_unknown
+
 MOST_RANK = 8192
 """More than any layer in use has inputs or outputs; a matrix of such a rank says nothing that a full one would not."""
 MOST_ALPHA = 1e6
@@ -24,13 +26,6 @@ _KEY = re.compile(
     r"|(?P<alpha>\.alpha))"
 )
 _MATRICES = {"A": "down", "B": "up", "down": "down", "up": "up"}
-
-OTHER_KINDS = {
-    "dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "hada_": "a LoHa", "lokr_": "a LoKr",
-    "oft_": "an OFT", "boft_": "a BOFT", "glora": "a GLoRA", "lora_mid": "a LoCon with a third matrix",
-    ".diff": "whole weights beside the LoRA", ".lora_B.bias": "a LoRA with biases",
-}  # fmt: skip
-"""Parts of keys -> what the file holds that is no plain LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +92,8 @@ def layers_of(tensors: Mapping[str, Tensor]) -> FileLayers:
     unknown = []
     for key, tensor in tensors.items():
         split = split_key(key)
+        if split is None and key.endswith((".diff", ".diff_b")) and not bool(tensor.any()):
+            continue  # ComfyUI writes those that its training left at zero
         if split is None or split[1] in layers.get(split[0], {}):
             unknown.append(key)
         else:
@@ -108,19 +105,13 @@ def check(tensors: Mapping[str, Tensor]) -> FileLayers:
     """The layers of a plain LoRA, each whole and once. Raises ValueError, which says what is wrong first."""
     found = layers_of(tensors)
     if found.unknown:
-        raise ValueError(said_of_unknown(found.unknown[0]))
+        raise ValueError(said_of_unknown(found.unknown))
     for layer, parts in found.layers.items():
         if problem := problem_of(parts):
             raise ValueError(f"{layer!r} {problem}")
     if twice := duplicates(found.layers):
         raise ValueError(f"{' and '.join(map(repr, twice))} are the same layer")
     return found
-
-
-def said_of_unknown(key: str) -> str:
-    """What a key is, in words."""
-    kind = next((kind for part, kind in OTHER_KINDS.items() if part in key), "")
-    return f"it holds {kind}, which is not supported: {key!r}" if kind else f"{key!r} is no part of a plain LoRA"
 
 
 def problem_of(parts: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ anything beside A and B. Files in kohya's form (`lora_unet_….lora_down.weight`
 
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,6 +58,7 @@ COMFYUI_KEYS: dict[str, dict[str, str]] = {
 COMPONENTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
 )  # fmt: skip
+LANGUAGE = re.compile(r"^(base_model\.model\.)?(model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.")
 PEFT_PREFIX = "base_model.model."
 
 # --- out of a pipeline ----------------------------------------------------------------------------------------------
@@ -193,6 +195,8 @@ def layers_alone(base: Base, tensors: dict[str, Tensor], header: Mapping[str, st
     own = [name for name in base.families if name.isidentifier()]
     sole = next(iter(own), "transformer" if is_transformer else "unet")
     family = base.families.get(sole) or family
+    if not family and any(LANGUAGE.search(key) for key in tensors):
+        raise ValueError("it is a LoRA for a language model, which PEFT and transformers read")
     known = partial(names_for, getattr(reader, "__name__", ""), family=family)
     model = Model(known, tuple(filter(is_text, COMPONENTS)), sole, family, extra=frozenset({*COMPONENTS, *own}))
     found = _all_of(reader, tensors, header, options, model, check_names="alignprop.families" not in header)

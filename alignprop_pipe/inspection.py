@@ -21,13 +21,13 @@ from alignprop_pipe.adapter_keys import (
     layers_of,
     place_of,
     problem_of,
-    said_of_unknown,
 )
 from alignprop_pipe.choices import window_from_text
 from alignprop_pipe.errors import AdapterError, ConfigError
 from alignprop_pipe.export_header import Base
 from alignprop_pipe.export_keys import layers_alone
 from alignprop_pipe.factors import Factors, Layers
+from alignprop_pipe.file_kinds import said_of_unknown
 from alignprop_pipe.programs import Verdict, hidden_by, unknown_to_comfyui, verdicts
 from alignprop_pipe.stock_loading import said_of_diffusers
 
@@ -226,7 +226,7 @@ def _problems(
 def _faulty_keys(in_file: FileLayers) -> Iterator[str]:
     if in_file.unknown:
         count = len(in_file.unknown)
-        yield f"{count} {'key is' if count == 1 else 'keys are'} not understood: {said_of_unknown(in_file.unknown[0])}"
+        yield f"{count} {'key is' if count == 1 else 'keys are'} not understood: {said_of_unknown(in_file.unknown)}"
     faults = [f"{name} {fault}" for name, parts in in_file.layers.items() if (fault := problem_of(parts))]
     if faults:
         yield f"{len(faults)} of its layers are faulty: {faults[0]}"

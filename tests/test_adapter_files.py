@@ -53,9 +53,9 @@ def refused(tmp_path: Path, content: bytes, match: str) -> None:
 
 HUGE = 10**15
 LIES = {
-    "nothing": (b"", "less than its header claims"),
+    "nothing": (b"", "is empty: it has no bytes"),
     "four bytes": (b"\x01\0\0\0", "less than its header claims"),
-    "a page": (b"<html><body>404</body></html>", "copy or download it again"),
+    "a page": (b"<html><body>404</body></html>", "a web page"),
     "header longer than the file": (raw({}, length=10**6), "less than its header claims"),
     "header of 2**63": (raw({}, length=2**63), "less than its header claims"),
     "no JSON": (raw("{'a': 1}"), "cannot be read"),
@@ -84,7 +84,8 @@ LIES = {
     "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "something else than texts"),
     "half a character": (raw('{"__metadata__":{"a":"\\ud800"}}'), "cannot be read|empty"),
     "a key twice": (raw('{"a":{},"a":{}}'), "'a' is in its header twice"),
-    "no LoRA": (save({"down_blocks.0.weight": torch.ones(2, 2)}), "holds no LoRA: its first key"),
+    "no LoRA": (save({"down_blocks.0.weight": torch.ones(2, 2)}), "the weights of a denoiser"),
+    "no names of anything": (save({"a.b": torch.ones(2, 2)}), "holds no LoRA: its first key"),
     "an alpha of two numbers": (save({**PAIR, DOWN.replace("lora_A.weight", "alpha"): torch.ones(2)}), "one number"),
     "rank 0": (raw({DOWN: entry([0, 4]), UP: entry([4, 0])}), "do not fit together"),
     "absurd rank": (save({DOWN: torch.ones(MOST_RANK + 1, 1), UP: torch.ones(1, MOST_RANK + 1)}), "has rank 8193"),

@@ -285,7 +285,7 @@ def test_peft_settings_that_are_none(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(b"", "copy or download it again"), (b"PK\x03\x04", "is a pickle"), (b"\x02\0\0\0\0\0\0\0{}", "is empty")],
+    [(b"", "is empty: it has no bytes"), (b"PK\x03\x04", "is a pickle"), (b"\x02\0\0\0\0\0\0\0{}", "is empty")],
 )
 def test_what_is_no_adapter_file_is_an_error(content: bytes, match: str, tmp_path: Path) -> None:
     (tmp_path / "theirs.safetensors").write_bytes(content)

@@ -69,6 +69,7 @@ LAYERS = {
     "rollout": 3,
     "evidence": 3,
     "export_keys": 3.0,
+    "file_kinds": 0,
     "adapter_keys": 1.1,
     "strength": 1.2,
     "programs": 2,
