@@ -80,10 +80,14 @@ class Settings:
 
 
 def beside(file: Path) -> dict[str, str]:
-    """The settings that stand beside a file of PEFT, as a text of a header. Raises ValueError: they cannot be read."""
+    """The settings that stand beside a file of PEFT, as a text of a header; diffusers' own file has them in itself.
+
+    Raises ValueError: they cannot be read.
+    """
     config = file.with_name(CONFIG_FILE)
     others = [one for one in file.parent.glob("*") if one.suffix in (".safetensors", ".bin")]
-    if not config.is_file() or (file.stem != "adapter_model" and len(others) > 1):
+    is_its_own = file.stem == "adapter_model" or (len(others) == 1 and file.stem != "pytorch_lora_weights")
+    if not is_its_own or not config.is_file():
         return {}
     if config.stat().st_size > MOST_CONFIG:
         raise ValueError(f"{CONFIG_FILE} beside it has {config.stat().st_size} bytes")

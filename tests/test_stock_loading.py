@@ -79,6 +79,11 @@ def _with_alphas(tensors: Tensors) -> Tensors:
     }
 
 
+def _beside_each_up(tensors: Tensors, name: str) -> Tensors:
+    ups = {key: up for key, up in tensors.items() if key.endswith(".lora_B.weight")}
+    return tensors | {key.replace(".lora_B.weight", name): torch.ones(len(up)) for key, up in ups.items()}
+
+
 FORMS: dict[str, Callable[[Tensors], Tensors]] = {
     "diffusers": lambda t: t,
     "diffusers, alphas": _with_alphas,
@@ -93,6 +98,9 @@ FORMS: dict[str, Callable[[Tensors], Tensors]] = {
     "kohya": lambda t: _flat(t, "lora_unet_"),
     "OneTrainer": lambda t: _flat(t, "lora_transformer_"),
     "LyCORIS": lambda t: _flat(t, "lycoris_"),
+    "DoRA by PEFT": lambda t: _beside_each_up(t, ".lora_magnitude_vector"),
+    "biases": lambda t: _beside_each_up(t, ".lora_B.bias"),
+    "a stray key": lambda t: t | {"extra": torch.ones(1)},
     "half of it bare": lambda t: {
         key.split(".", 1)[1] if n % 4 < 2 else key: tensor for n, (key, tensor) in enumerate(t.items())
     },
@@ -139,7 +147,7 @@ def changes(tensors: Tensors, scale: float = 1.0) -> dict[str, Tensor]:
     return {path: scale * up.flatten(1) @ tensors[f"{path}.lora_A.weight"].flatten(1) for path, up in ups.items()}
 
 
-@pytest.mark.filterwarnings(WARNED)
+@pytest.mark.filterwarnings(WARNED, "ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize(("family", "form"), CASES)
 def test_the_verdict_is_what_the_stock_loader_does(family: str, form: str, tmp_path: Path) -> None:
     """Of numbers that PEFT would apply in full, so that every form that is read means the same change."""

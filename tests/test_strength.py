@@ -215,6 +215,12 @@ def test_settings_beside_another_file_are_not_its_own(tmp_path: Path) -> None:
     made("sd15").save(tmp_path / "mine.safetensors", format="kohya")
     assert set(inspect_adapter(tmp_path / "mine.safetensors").alphas) == {5.0}
     assert set(inspect_adapter(tmp_path / "adapter_model.safetensors").alphas) == {10.0}
+    (tmp_path / "mine.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "style.safetensors")
+    assert set(inspect_adapter(tmp_path / "style.safetensors").alphas) == {10.0}
+    (tmp_path / "style.safetensors").unlink()
+    save_file(bare(), tmp_path / "pytorch_lora_weights.safetensors")
+    assert set(inspect_adapter(tmp_path).alphas) == {3.0}
 
 
 def test_patterns_by_names_that_a_converter_changes(tmp_path: Path) -> None:
