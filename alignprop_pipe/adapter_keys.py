@@ -289,7 +289,12 @@ def _one_stream_family(clues: Clues) -> str:
     """Families whose blocks are all `transformer_blocks`, by what they attend to and how wide they are."""
     if clues.has(r"^transformer_blocks_\d+_attn2?_(add_|to_)"):
         blocks = [int(match[1]) for path in clues.inputs if (match := _DOUBLE.match(path))]
-        is_qwen = clues.width(r"attn_(to|add)_q") == 3072 or max(blocks, default=0) >= 38
+        said = f"{clues.header.get('modelspec.architecture')} {clues.header.get('ss_base_model_version')}".lower()
+        of_flux = clues.has(r"^transformer_blocks_\d+_(ff(_context)?_net|norm1(_context)?_linear)") or "flux" in said
+        is_wide = clues.width(r"attn_(to|add)_q") == 3072
+        if is_wide and of_flux and max(blocks, default=0) < 19:
+            return "FluxTransformer2DModel"
+        is_qwen = is_wide or max(blocks, default=0) >= 38
         if clues.has(r"^transformer_blocks_\d+_attn_"):
             return "QwenImageTransformer2DModel" if is_qwen else "SD3Transformer2DModel"
     if not clues.has(r"^transformer_blocks_\d+_"):

@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -244,9 +244,9 @@ def _all_of(
                 state, said = _converted(reader, folded(tensors, said), options), {}
             found = _sorted(state, said, model)
         except Exception as error:  # converters fail in any way, and name keys of their own
-            raise ValueError(model.missing(unknown[0])) from error
+            raise model.missing(unknown) from error
         if check_names:
-            _check_names(found, unknown[0], model)
+            _check_names(found, unknown, model)
     if sum(map(len, found.values())) < len(in_file):
         raise ValueError("some of its keys name the same layer, or one that this model has not")
     return {name: found[name] for name in sorted(found, key=lambda name: (is_text(name), name))}
@@ -261,13 +261,13 @@ def _component_told(header: Mapping[str, str], model: Model) -> str:
     return ""
 
 
-def _check_names(found: Layers, unknown: str, model: Model) -> None:
-    """Raises ValueError for names that no converter has understood."""
+def _check_names(found: Layers, unknown: Sequence[str], model: Model) -> None:
+    """Raises UnknownLayerError for names that no converter has understood."""
     for name, layers in found.items():
         names = model.names(name)
         for path in layers:
             if (names and not found_in(path, names)) or path.startswith(("lora_", "lycoris_", "diffusion_model.")):
-                raise ValueError(model.missing(unknown))
+                raise model.missing(unknown)
 
 
 def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:

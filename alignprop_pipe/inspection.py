@@ -28,6 +28,7 @@ from alignprop_pipe.export_header import Base
 from alignprop_pipe.export_keys import layers_alone
 from alignprop_pipe.factors import Factors, Layers
 from alignprop_pipe.file_kinds import said_of_unknown
+from alignprop_pipe.naming import UnknownLayerError
 from alignprop_pipe.programs import Verdict, hidden_by, unknown_to_comfyui, verdicts
 from alignprop_pipe.stock_loading import said_of_diffusers
 
@@ -89,7 +90,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     if not tensors:
         raise AdapterError(f"{source.name} is empty: it holds no LoRA")
     base, in_file = Base.of_file(tensors, header), layers_of(tensors)
-    layers, unreadable = _readable(tensors, header, base, in_file)
+    layers, unreadable, missing = _readable(tensors, header, base, in_file)
     all_layers = [factors for part in layers.values() for factors in part.values()]
     family = next(iter(base.families.values()), "")
     of_diffusers = said_of_diffusers(base, source, tensors, {} if unreadable else layers)
@@ -108,7 +109,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
         targets=_counted(_kind(path) for part in layers.values() for path in part),
         dtypes=_counted(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
         blocks=tuple(_blocks(layers)),
-        programs=verdicts(family, list(in_file.layers), header, of_diffusers),
+        programs=verdicts(family, list(in_file.layers), header, of_diffusers, missing),
         problems=tuple(_problems(tensors, header, family, in_file, layers, unreadable)),
         metadata=dict(header),
     )
@@ -128,19 +129,20 @@ def sha256_of(file: Path) -> str:
 
 def _readable(
     tensors: dict[str, Tensor], header: Mapping[str, str], base: Base, in_file: FileLayers
-) -> tuple[Layers, str]:
-    """The layers, by diffusers' names where the file can be read, else by its own; and why it cannot be read."""
+) -> tuple[Layers, str, tuple[str, ...]]:
+    """The layers, by diffusers' names where the file can be read, else by its own; why not, and names of no layer."""
     try:
-        return layers_alone(base, tensors, header), ""
+        return layers_alone(base, tensors, header), "", ()
     except Exception as error:  # converters fail in any way on keys that they do not expect
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        missing = error.names if isinstance(error, UnknownLayerError) else ()
     found: Layers = {}
     for name, parts in in_file.layers.items():
         if not problem_of(parts):
             place, rank = place_of(name), parts["down"].shape[0]
             alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
             found.setdefault(place.component, {})[place.path] = Factors(parts["down"], parts["up"], alpha)
-    return found, reason
+    return found, reason, missing
 
 
 def _format(in_file: FileLayers) -> str:

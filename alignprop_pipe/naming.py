@@ -5,7 +5,7 @@ Names may be dotted or flat, diffusers' or those of the model's own code, whose 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,14 @@ OUTSIDE_BLOCKS = {
     "input_blocks_0_0": "conv_in", "time_embed_0": "time_embedding_linear_1", "time_embed_2": "time_embedding_linear_2",
     "label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2", "out_2": "conv_out",
 }  # fmt: skip
+
+
+class UnknownLayerError(ValueError):
+    """A file names layers that its model has not; `names` are all of them, as the file has them."""
+
+    def __init__(self, said: str, names: Sequence[str]) -> None:
+        super().__init__(said)
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,13 @@ class Model:
         fitting = [(other, path) for other, path in others.items() if path]
         return fitting[0] if len(fitting) == 1 else (component, "")
 
-    def missing(self, name: str) -> str:
-        """That the model has no layer `name`, and what that may be, in words."""
+    def missing(self, unknown: Sequence[str]) -> UnknownLayerError:
+        """That the model has none of these layers, and what the first may be, in words."""
+        # Names of 2023 are a converter's matter, and right as a rule where another is wrong.
+        names = [name for name in unknown if ".processor." not in name] or list(unknown)
+        return UnknownLayerError(self._said_of_missing(names[0]), names)
+
+    def _said_of_missing(self, name: str) -> str:
         component = self.split(name)[0]
         if not self.family and not is_text(component):
             return f"which model has a layer {name!r} is not known here"

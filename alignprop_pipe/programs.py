@@ -5,7 +5,7 @@ hides a file whose header speaks of another model than the one that is open.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignprop_pipe.adapter_keys import UNETS, place_of
@@ -65,7 +65,11 @@ def _comfyui_knows(family: str, name: str) -> bool:
 
 
 def verdicts(
-    family: str, layers: Sequence[str], header: Mapping[str, str], of_diffusers: tuple[bool | None, str]
+    family: str,
+    layers: Sequence[str],
+    header: Mapping[str, str],
+    of_diffusers: tuple[bool | None, str],
+    missing: Collection[str] = (),
 ) -> tuple[Verdict, ...]:
     """What diffusers, ComfyUI and AUTOMATIC1111 do with a file.
 
@@ -74,12 +78,20 @@ def verdicts(
         layers: names of layers as the file has them.
         header: its texts.
         of_diffusers: what `stock_loading` says, and why.
+        missing: those of `layers` that the model has not, as far as it is known here.
     """
-    return Verdict("diffusers", *of_diffusers), _comfyui(family, layers), _automatic(family, layers, header)
+    return (
+        Verdict("diffusers", *of_diffusers),
+        _comfyui(family, layers, missing),
+        _automatic(family, layers, header, missing),
+    )
 
 
-def _comfyui(family: str, layers: Sequence[str]) -> Verdict:
+def _comfyui(family: str, layers: Sequence[str], missing: Collection[str]) -> Verdict:
     dropped = unknown_to_comfyui(family, layers)
+    if dropped is not None:  # under diffusion_model. it knows all of the model's own names, more than are known here
+        no_layers = [name for name in missing if name not in dropped and not name.startswith("diffusion_model.")]
+        dropped += no_layers
     if dropped is None:
         return Verdict("ComfyUI", None, f"which names it knows for {family or 'this model'} is not known here")
     if not dropped:
@@ -91,11 +103,13 @@ def _comfyui(family: str, layers: Sequence[str]) -> Verdict:
     return Verdict("ComfyUI", False, f"half-applied: {share}, the first of them {dropped[0]!r}")
 
 
-def _automatic(family: str, layers: Sequence[str], header: Mapping[str, str]) -> Verdict:
+def _automatic(family: str, layers: Sequence[str], header: Mapping[str, str], missing: Collection[str]) -> Verdict:
     program = "AUTOMATIC1111, kohya"
     other = [name for name in layers if not KOHYA.match(name)]
     if other:
         return Verdict(program, False, f"they want kohya's names (lora_unet_…), not {other[0]!r}")
+    if missing:
+        return Verdict(program, False, f"the model has no layer {next(iter(missing))!r}")
     if family not in UNETS:
         return Verdict(program, bool(family) or None, "kohya's scripts read it; AUTOMATIC1111 has no such model")
     if hidden := hidden_by(family, header):

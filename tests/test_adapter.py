@@ -369,6 +369,13 @@ SAMPLES = [
     ("SD3Transformer2DModel", keys_of("transformer.transformer_blocks.37.attn.to_q", 2432), {}),
     ("SD3Transformer2DModel", keys_of("lora_unet_joint_blocks_0_x_block_attn_qkv", 1536, FLAT), {}),
     ("FluxTransformer2DModel", keys_of("transformer.single_transformer_blocks.37.attn.to_q", 3072), {}),
+    ("FluxTransformer2DModel", keys_of("transformer.transformer_blocks.0.attn.to_q", 3072)
+     | keys_of("transformer.transformer_blocks.0.ff_context.net.2", 12288), {}),
+    ("FluxTransformer2DModel", keys_of("base_model.model.transformer_blocks.0.attn.to_q", 3072),
+     {"modelspec.architecture": "flux-1-dev/lora"}),
+    ("Flux2Transformer2DModel", keys_of("diffusion_model.double_blocks.0.img_attn.qkv", 6144), {}),
+    ("ChromaTransformer2DModel", keys_of("diffusion_model.distilled_guidance_layer.in_proj", 64), {}),
+    ("Lumina2Transformer2DModel", keys_of("diffusion_model.layers.0.attention.qkv", 2304), {}),
     ("FluxTransformer2DModel", keys_of("lora_unet_double_blocks_18_img_attn_qkv", 3072, FLAT), {}),
     ("FluxTransformer2DModel", keys_of("diffusion_model.double_blocks.0.img_attn.qkv", 3072), {}),
     ("FluxTransformer2DModel", keys_of("lora_transformer_single_transformer_blocks_0_proj_mlp", 3072, FLAT), {}),
@@ -393,7 +400,7 @@ SAMPLES = [
     ("HiDreamImageTransformer2DModel", keys_of("transformer.double_stream_blocks.0.block.attn1.to_q", 2560), {}),
     ("", keys_of("transformer.something.new", 64), {}),
     ("", {}, {}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "tensors", "header"), SAMPLES, ids=lambda value: next(iter(value), ""))

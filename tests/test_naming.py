@@ -20,6 +20,7 @@ from alignprop_pipe.checkpoint import unet_weights
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.export_keys import COMPONENTS
 from alignprop_pipe.factors import Factors
+from alignprop_pipe.inspection import inspect_adapter
 from alignprop_pipe.model_layers import found_in, names_for, names_in
 from alignprop_pipe.naming import original_unet
 from alignprop_pipe.single_file import CONFIGS
@@ -159,6 +160,8 @@ def test_a_name_that_is_no_layer_is_refused_by_its_name_in_the_file(
     others = {key.replace(wrong, good): tensor.clone() for key, tensor in tensors.items()}
     said = refused({**(others if with_others and good != wrong else {}), **tensors}, tmp_path)
     assert f"'{wrong}' is no layer of {model}" in said
+    verdicts = inspect_adapter(tmp_path / "theirs.safetensors").programs
+    assert not any(verdict.loads for verdict in verdicts if not wrong.startswith("diffusion_model."))
 
 
 def test_a_fused_projection_is_called_one(tmp_path: Path) -> None:
