@@ -181,7 +181,7 @@ def _skeleton(reader: Any, source: Any, base: Base) -> Any:
 
 
 def _layers_named(state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for key, down in state.items():
         path, lora, _ = key.partition(".lora_A.weight")
         up = state.get(f"{path}.lora_B.weight")
@@ -206,12 +206,13 @@ def _is_path(path: str) -> bool:
     return len(words) < 50 and all(words) and not any(hasattr(nn.Module, word) for word in words)
 
 
-def _applied(network: nn.Module) -> dict[str, Factors]:
+def _applied(network: Any) -> dict[str, Factors]:
     """The change that each layer of a skeleton got; one that stayed without weights got none."""
     found = {}
     for path, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and NAME in layer.lora_A:
-            down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight  # type: ignore[union-attr]
+            down: Any = layer.lora_A[NAME].weight
+            up: Any = layer.lora_B[NAME].weight
             if not down.is_meta and not up.is_meta:
                 found[path] = Factors(down.detach(), up.detach(), float(layer.scaling[NAME]) * len(down))
     return found
