@@ -6,7 +6,7 @@ configuration gives the same adapter, whatever the batch is split into.
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +42,13 @@ FEWEST_FOR_IDLE = 8
 """Pictures that must be past every brake before a run is refused: with fewer, it may be chance."""
 
 
+Told = Callable[[int, int], object]
+
+
+def unheard(done: int, total: int) -> None:
+    """Where nobody wants to know of the pictures of a look."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The adapter's weights after a step."""
@@ -58,7 +65,8 @@ class Training:
     `base_pictures` are the pictures of the base model for the evidence until the first look has scored them.
     `best` is the adapter of the best look, by what `followed` says, `good` the newest one that gave a finite loss or
     look. `steps` were taken; `interrupted` says that one was broken off, `failure` why no more are taken, and is empty
-    while all is well. `kept_step` is the step whose adapter is on the pipeline when the loop has ended.
+    while all is well. `kept_step` is the step whose adapter is on the pipeline when the loop has ended. `told` hears of
+    a look how many pictures are drawn, and of how many.
     """
 
     pipe: DiffusionPipeline
@@ -75,6 +83,7 @@ class Training:
     good: Snapshot
     best: Snapshot | None = None
     best_merit: tuple[float, ...] = ()
+    told: Told = unheard
     base_pictures: list[Rendered] = field(default_factory=list)
     base_look: Evidence | None = None
     encoded: EncodedPrompts = field(default_factory=EncodedPrompts)
@@ -193,7 +202,12 @@ def usable_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def start(
-    pipe: DiffusionPipeline, reward: Reward, prompts: PromptSet, config: AlignConfig, call_kwargs: Mapping[str, Any]
+    pipe: DiffusionPipeline,
+    reward: Reward,
+    prompts: PromptSet,
+    config: AlignConfig,
+    call_kwargs: Mapping[str, Any],
+    told: Told = unheard,
 ) -> Training:
     """Check everything that can be checked before the first step, measure what rewards lack, put the adapter on."""
     denoisers = usable_denoisers(pipe)
@@ -212,7 +226,7 @@ def start(
     encoded = EncodedPrompts()
     if not all(one.is_calibrated for one in (reward, *judges)):
         with encoded.used_by(pipe):
-            drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs)
+            drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs, told)
         with SeededDraws.after(generator_for("hidden", config.seed)):
             reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
         config = config.replace(judges=tuple(str(judge) for judge in judges))
@@ -231,7 +245,7 @@ def start(
     return Training(
         pipe, reward, judges, split, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler,
         good=Snapshot(0, lora.snapshot(denoisers)), base_pictures=base_pictures,
-        encoded=encoded, followed=followed_words(config, judges),
+        encoded=encoded, followed=followed_words(config, judges), told=told,
     )  # fmt: skip
 
 
@@ -263,7 +277,7 @@ def dry_pictures(device: torch.device) -> Tensor:
 
 
 def draw_base(
-    pipe: DiffusionPipeline, split: Split, config: AlignConfig, call_kwargs: Mapping[str, Any]
+    pipe: DiffusionPipeline, split: Split, config: AlignConfig, call_kwargs: Mapping[str, Any], told: Told
 ) -> tuple[PromptSet, list[Rendered]]:
     """Pictures of the base model: those of the evidence, or where these are few, of training prompts.
 
@@ -276,8 +290,19 @@ def draw_base(
     with ExitStack() as base, stock.frozen_for_training(pipe):
         for network in stock.components(pipe).values():
             base.enter_context(lora.adapter_off(network))
-        drawn = [replace(part, videos=part.videos.cpu()) for part in render(pipe, prompts, config, **call_kwargs)]
+        rendered = counted(render(pipe, prompts, config, **call_kwargs), len(prompts), told)
+        drawn = [replace(part, videos=part.videos.cpu()) for part in rendered]
     return prompts, drawn
+
+
+def counted(rendered: Iterable[Rendered], total: int, told: Told) -> Iterator[Rendered]:
+    """The same, while it is told how far it is."""
+    done = 0
+    told(done, total)
+    for part in rendered:
+        done += len(part.videos)
+        told(done, total)
+        yield part
 
 
 def calibrate_all(
@@ -494,6 +519,7 @@ def look(state: Training) -> Evidence:
     hidden = SeededDraws.after(generator_for("hidden", state.config.seed))  # for a reward that looks at random crops
     if not state.base_pictures:
         drawn = render(state.pipe, state.prompts.evidence, state.config, **state.call_kwargs)
+        drawn = counted(drawn, len(state.prompts.evidence), state.told)
     networks = [network for one in (state.reward, *state.judges) for network in one.networks()]
     # As in training, without guards too: one that is wrong would score as a black picture.
     with stock.frozen_for_training(state.pipe, others=networks), state.encoded.used_by(state.pipe), hidden:

@@ -100,7 +100,9 @@ def shown_prompts(count: int) -> list[int]:
 def sheet_caption(before: Evidence, after: Evidence) -> str:
     """What the pairs are and how they were taken."""
     count, shown = len(before.prompts), len(shown_prompts(len(before.prompts)))
-    which = f"All {before.what}" if shown == count else f"{shown} of {before.what}, evenly spaced"
+    which = f"{shown} of {before.what}, evenly spaced"
+    if shown == count:
+        which = f"All {before.what}" if count > 1 else f"The one picture: {before.what}"
     judged = f" and what the judge {after.main_judges[0]} gave it" if after.main_judges else ""
     return (
         f"{which}, not chosen by score. Left: before. Right: after, with the adapter of step {after.step}. "
@@ -312,7 +314,7 @@ def _reward_panel(
     skipped = [record.step for record in records if record.skipped]
     if skipped:
         low, floor = axes.get_xaxis_transform(), [0.03] * len(skipped)
-        axes.plot(skipped, floor, "x", color=theme.ink, ms=6, transform=low, label="skipped (not finite)")
+        axes.plot(skipped, floor, "x", color=theme.ink, ms=6, transform=low, label="skipped")
     if any(look.step == ring for look in looks):
         axes.plot([], [], "o", ms=10, mfc="none", mec=theme.soft, mew=1.5, label="adapter that is kept")
     if records or looks:

@@ -36,6 +36,7 @@ from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
 from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError, RunError
+from alignprop_pipe.progress import Display, shown
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
@@ -48,6 +49,7 @@ from alignprop_pipe.runs import CONFIG, RunFolder, check_place
 from alignprop_pipe.single_file import load_single_file
 from alignprop_pipe.sources import exists, hub_hint, on_hub
 from alignprop_pipe.summary import Watch
+from alignprop_pipe.trackers import all_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +106,15 @@ class AlignPropPipeline(DiffusionPipeline):
                 "use AlignPropPipeline.from_pretrained(...)"
             )
         dtypes = [kwargs.pop(name, None) for name in ("torch_dtype", "dtype")]
+        dtype = dtypes[1] or dtypes[0]
+        if not isinstance(dtype, torch.dtype | None):
+            raise PipelineError(f"dtype={dtype!r}: a number format of torch is needed, such as torch.float16")
         kind = stock_class(type(pipeline))
         if kwargs:
             pipe = _made_anew(kind, pipeline, kwargs)
         else:
             pipe = _bare(kind)
             pipe.__dict__.update(vars(pipeline))
-        dtype = dtypes[1] or dtypes[0]
         return cast(AlignPropPipeline, pipe if dtype is None else pipe.to(dtype=dtype))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -142,6 +146,8 @@ class AlignPropPipeline(DiffusionPipeline):
         *,
         out: str | Path | None = None,
         on_step: Callable[[StepRecord], object] | None = None,
+        progress: bool | Display = True,
+        previews: bool = False,
         **overrides: Any,
     ) -> AlignResult:
         """Train a LoRA on the denoiser so that `reward` of the finished pictures goes up (AlignProp, 2310.03739).
@@ -158,6 +164,10 @@ class AlignPropPipeline(DiffusionPipeline):
             out: folder for adapter, curve, pictures and report; None writes nothing.
             on_step: called with every record; step 0 holds the evidence before training. It ends the run by raising
                 StopIteration (or KeyboardInterrupt): what is learned by then is kept, with its evidence.
+            progress: a line with reward, held-out score, memory and the time that is left; False: silence, as after
+                `set_progress_bar_config(disable=True)` or with HF_HUB_DISABLE_PROGRESS_BARS. An object of your own
+                with `on_pictures(done, total)` and `on_step(record)` takes its place.
+            previews: in a notebook, show the newest pictures of the training too.
             overrides: single settings by name (`steps=60, rank=8, truncation="last:5"`), or arguments of this
                 pipeline's own call (`num_frames=9`, `strength=0.5`).
 
@@ -176,15 +186,19 @@ class AlignPropPipeline(DiffusionPipeline):
         usual = AlignConfig.preset(preset_for(self.name_or_path))
         effects.tell(config, effects.settings_without_effect(self, config, usual, call_kwargs))
         room.check_training(self, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompt_set)))
-        with lora.switched_back(stock.components(self).values()), stop_on_interrupt() as stop:
+        with (
+            lora.switched_back(stock.components(self).values()),
+            stop_on_interrupt() as stop,
+            shown(self, config.steps, progress, previews) as display,
+        ):
             with autograd_on():
-                state = start(self, reward, prompt_set, config, call_kwargs)
+                state = start(self, reward, prompt_set, config, call_kwargs, display.on_pictures)
             session = Session(self, state, prompt_set)
             steps = steps_of(state, stop.is_set)
             try:
                 if out is not None:
                     session.run = open_run(state, out, reward, prompts, prompt_set)
-                drain(steps, session, on_step, stop)
+                drain(steps, session, all_of(display.on_step, *filter(None, [on_step])), stop)
                 steps.close()
                 return conclude(session, stop.is_set() or state.interrupted)
             except BaseException as error:
@@ -496,7 +510,7 @@ class Session:
 def drain(
     steps: Iterator[StepRecord],
     session: Session,
-    on_step: Callable[[StepRecord], object] | None,
+    on_step: Callable[[StepRecord], object],
     stop: threading.Event,
 ) -> None:
     """Run the loop to its end, or to the look after the step in which `stop` was set; a second interrupt ends at once.
@@ -507,8 +521,7 @@ def drain(
         for record in steps:
             try:
                 session.remember(record)
-                if on_step is not None:
-                    on_step(record)
+                on_step(record)
             except (KeyboardInterrupt, StopIteration):
                 if stop.is_set():
                     return

@@ -1,5 +1,6 @@
 """What the stages hand to each other: frozen records with names, and the shapes of the tensors in them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def part_of(name: str, judges: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. `step` counts from 1; a skipped step has a non-finite loss or gradient.
+    """One optimizer step. `step` counts from 1; a skipped one left the adapter as it was, see `skipped_because`.
 
     `images` are the pictures of the step's first batch, on the CPU, for a preview (of videos the middle frames); a
     finished run keeps none of them.
@@ -113,6 +114,14 @@ class StepRecord:
     skipped: bool = False
     evidence: Evidence | None = None
     images: Images | None = None
+
+    @property
+    def skipped_because(self) -> str:
+        """Why the adapter was left as it was; empty where it was not."""
+        if not self.skipped:
+            return ""
+        is_finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return "it made weights that no adapter has" if is_finite else "loss or gradient not finite"
 
 
 class Change(NamedTuple):

@@ -150,9 +150,10 @@ def _numbers(run: RunSummary) -> str:
     memory = max((record.memory_mb for record in records if math.isfinite(record.memory_mb)), default=0)
     if memory > 0:
         tiles.append((f"{memory:,.0f} MB", "most memory"))
-    skipped = sum(record.skipped for record in records)
-    if skipped:
-        tiles.append((str(skipped), "steps skipped, not finite"))
+    reasons = [record.skipped_because for record in records if record.skipped]
+    if reasons:
+        said = "; ".join(dict.fromkeys(reasons))
+        tiles.append((str(len(reasons)), f"step{'s' * (len(reasons) != 1)} skipped: {said}"))
     return "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
 
 
@@ -214,7 +215,8 @@ def _usage(run: RunSummary) -> str:
     """How the adapter files are used elsewhere."""
     if "adapter.safetensors" not in run.adapters:
         return '<p class="soft">No adapter was saved.</p>'
-    model, folder = run.about["model"] or "MODEL", run.folder
+    # Copied into a terminal that may be anywhere.
+    model, folder = run.about["model"] or "MODEL", str(Path(run.folder).absolute())
     prompt = run.after.prompts[0] if run.after and run.after.prompts else "a prompt"
     file = f"{folder}/adapter.safetensors"
     shell = f"alignprop sample {in_shell(model)} {in_shell(prompt)} --adapter {in_shell(file)} --compare"

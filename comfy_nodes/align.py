@@ -66,7 +66,9 @@ class Align(io.ComfyNode):
             run = Run(str(cls.hidden.unique_id), config, prompts)
             with host.on_device(pipe, reward), host.counted_calls(pipe, run.progress):
                 try:
-                    result = pipe.align(reward, prompts, config, out=host.run_folder(run_name), on_step=run.on_step)
+                    result = pipe.align(
+                        reward, prompts, config, out=host.run_folder(run_name), on_step=run.on_step, progress=False
+                    )
                 except KeyboardInterrupt:
                     run.progress.pass_on_stop()
                     raise

@@ -94,6 +94,7 @@ LAYERS = {
     "runs": 3,
     "run_facts": 1,
     "sampling": 3.2,
+    "progress": 3.3,
     "room": 3.1,
     "effects": 3.1,
     "scoring": 3,

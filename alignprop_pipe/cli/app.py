@@ -116,8 +116,6 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
 
 
 def _train(plan: Plan, output: console.Output) -> None:
-    from alignprop_pipe.trackers import all_of
-
     config, request = plan.config, plan.request
     pipe = open_planned(plan, output)
     if request.dry_run:
@@ -126,8 +124,8 @@ def _train(plan: Plan, output: console.Output) -> None:
     output.say(split.words)
     try:
         with console.Progress(output, config, split) as progress, plan.trackers:
-            on_step = all_of(progress.on_step, plan.trackers.on_step)
-            result = pipe.align(plan.reward, plan.source, config, out=plan.out, on_step=on_step, **plan.call)
+            watching = {"progress": progress, "on_step": plan.trackers.on_step}
+            result = pipe.align(plan.reward, plan.source, config, out=plan.out, **watching, **plan.call)
     except AlignError as error:
         if error.result is not None:
             _tell(output, plan.model, error.result)

@@ -15,6 +15,7 @@ import os
 import signal
 import stat
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from alignprop_pipe.summary import RunWarning
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+USUAL_WIDTH = 80
+"""Columns of a terminal; in a narrower one, tables go without the blanks at their edge."""
+BETWEEN_LINES = 10.0
+"""Seconds without a line after which one says how far a look is, where nothing is drawn over."""
 PATIENCE_AFTER_SIGNAL = 5
 """Seconds for the current step to end after SIGTERM or SIGHUP; then the run is stopped within the step."""
 
@@ -84,7 +89,9 @@ class Output:
     ) -> None:
         """A table of talk; `numbers` sets these columns, or all but the first, flush right."""
         if not self.quiet:
-            self.console.print(table(title, columns, rows, numbers=numbers, footers=footers))
+            made: Any = table(title, columns, rows, numbers=numbers, footers=footers)
+            made.show_edge = self.console.width >= USUAL_WIDTH
+            self.console.print(made)
 
     def _line(self, text: str, style: str | None = None) -> None:
         self.console.print(shown(text), style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -192,11 +199,13 @@ class Progress:
         self.watch = Watch(config.loss)
         self._bar: Any = _bar(output.console) if output.live else None
         self._task: Any = None
+        self._record = self._look = None
+        self._said = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("starting", total=None, note="")
+            self._task = self._bar.add_task("starting", total=None, words="")
         self.doing(self._first if self.pictures else "training")
         return self
 
@@ -210,6 +219,16 @@ class Progress:
             self._bar.update(self._task, description=one_line(text), refresh=True)
         else:
             self.output.say(text)
+
+    def on_pictures(self, done: int, total: int) -> None:
+        """So many pictures of a look are drawn."""
+        if self._bar is None:
+            if time.monotonic() - self._said > BETWEEN_LINES and done < total:
+                self._say(f"{done} of {counted(total, 'picture')} drawn")
+        elif self._record is None:
+            self._draw("first look", done, total)
+        else:
+            self._draw(f"look {done}/{total}, step", self._record.step, self.steps)
 
     def on_step(self, record: Any) -> None:
         """Show one StepRecord, and what its look warns of where it did not before."""
@@ -226,22 +245,30 @@ class Progress:
             self.output.warn(fresh, f"step {record.step}: ")
 
     def _show(self, record: Any) -> None:
+        self._record, self._look = record, record.evidence or self._look
         if self._bar is None:
-            self.output.say(self._plain_line(record))
+            self._say(self._plain_line(record))
             return
         if record.evidence is not None:
             self.output.say(f"step {record.step}: {self.of} {self.held_out}")
         if record.skipped:
-            self.output.say(f"step {record.step}: skipped, loss or gradient not finite")
-        words = [f"reward {_known(record.reward)}"] if record.step else []
-        words += [f"{self.of} {self.held_out.partition(',')[0]}"] if self.held_out else []
-        words += [f"{record.memory_mb:.0f} MB"]
-        doing = "step, then look" if self._looks(record.step + 1) else "training"
-        self._bar.update(self._task, description=doing, total=self.steps, completed=record.step, note="  ".join(words))
+            self.output.say(f"step {record.step}: skipped, {record.skipped_because}")
+        self._draw("step", record.step, self.steps)
 
-    def _looks(self, step: int) -> bool:
-        """Whether the held-out pictures are rendered in this step too, which takes its time."""
-        return self.pictures > 0 and (step == self.steps or (self.every > 0 and step % self.every == 0))
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        self.output.say(text)
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        from alignprop_pipe.progress import fitted
+
+        width = self.output.console.width
+        named, words = fitted(what, f"{done}/{total}", self._record, self._look, width)
+        if self._bar.tasks[0].total != total:
+            self._bar.reset(self._task, total=total)
+        self._bar.update(
+            self._task, description=f"{named}{done}/{total}", completed=done, words=words.strip(), refresh=True
+        )
 
     def _plain_line(self, record: Any) -> str:
         if record.step == 0:
@@ -251,7 +278,7 @@ class Progress:
         words += [f"loss {_known(record.loss)}"]
         words += [f"{self.of} {self.held_out}"] if record.evidence is not None else []
         words += [f"{record.seconds:.2f} s", f"{record.memory_mb:.0f} MB", f"ETA {duration(left)}"]
-        return "  ".join(words) + ("  SKIPPED: loss or gradient not finite" if record.skipped else "")
+        return "  ".join(words) + (f"  SKIPPED: {record.skipped_because}" if record.skipped else "")
 
 
 def held_out_text(evidence: Any) -> str:
@@ -267,14 +294,15 @@ def _known(value: float) -> str:
 
 def _bar(console: "Console") -> Any:
     from rich import progress
+    from rich.table import Column
 
     def text(template: str) -> Any:
-        return progress.TextColumn(template, markup=False)
+        # Where it is narrow, the bar alone gives way.
+        return progress.TextColumn(template, markup=False, table_column=Column(no_wrap=True))
 
-    # 80 columns are enough for all of it.
-    columns = (text("{task.description}"), progress.BarColumn(bar_width=10), progress.MofNCompleteColumn())
-    times = (text("ETA"), progress.TimeRemainingColumn())
-    return progress.Progress(*columns, *times, text("{task.fields[note]}"), console=console)
+    times = progress.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True))
+    columns = (text("{task.description}"), progress.BarColumn(bar_width=10), text("ETA"), times)
+    return progress.Progress(*columns, text("{task.fields[words]}"), console=console)
 
 
 def counting_bar() -> Any:
