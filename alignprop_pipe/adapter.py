@@ -220,6 +220,9 @@ class Adapter(Mapping[str, Tensor]):
             return NotImplemented
         return self.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in self.items())
 
+    def __hash__(self) -> int:
+        return hash(frozenset(self))  # of the names, which equal ones share
+
     def __len__(self) -> int:
         return 2 * sum(map(len, self.layers.values()))
 

@@ -118,7 +118,9 @@ def followed_judge(keep_best: bool | str, judges: Sequence[Reward], typed: Seque
     """
     if keep_best == "reward" or not judges:
         return None
-    if isinstance(keep_best, bool) or keep_best == "judge":
+    if isinstance(keep_best, bool):
+        return next((place for place, judge in enumerate(judges) if judge.leads), None)
+    if keep_best == "judge":
         return 0
     for names in ([judge.label for judge in judges], list(map(str, judges)), typed):
         if keep_best in names:

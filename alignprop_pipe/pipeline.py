@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,8 +42,9 @@ from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.judge import knows
+from alignprop_pipe.rewards.likeness import free_judge
 from alignprop_pipe.rewards.network import check_sources
-from alignprop_pipe.rewards.registry import as_reward
+from alignprop_pipe.rewards.registry import as_reward, parse_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import CONFIG, RunFolder, check_place
 from alignprop_pipe.single_file import load_single_file
@@ -142,7 +143,7 @@ class AlignPropPipeline(DiffusionPipeline):
         self,
         reward: Reward | str | Callable[..., Tensor],
         prompts: Any,
-        config: AlignConfig | None = None,
+        config: AlignConfig | Mapping[str, Any] | None = None,
         *,
         out: str | Path | None = None,
         on_step: Callable[[StepRecord], object] | None = None,
@@ -160,7 +161,8 @@ class AlignPropPipeline(DiffusionPipeline):
                 pictures [batch, 3, height, width] in [0, 1] that keeps the gradient. What `zscore` and `scaled` need
                 is measured on pictures of the base model first; `result.reward` holds the numbers.
             prompts: a list, a .txt, .csv, .tsv or .jsonl file, the name of a set that ships inside, or a PromptSet.
-            config: all settings; default: the model's own preset where it has one.
+            config: all settings, or a table of some of them; the others are those of the model's own preset where it
+                has one.
             out: folder for adapter, curve, pictures and report; None writes nothing.
             on_step: called with every record; step 0 holds the evidence before training. It ends the run by raising
                 StopIteration (or KeyboardInterrupt): what is learned by then is kept, with its evidence.
@@ -179,8 +181,9 @@ class AlignPropPipeline(DiffusionPipeline):
         An error after the first step has the adapter that was learned, the last good one, as `error.result.adapter`;
         with `out` it is on disk too, elsewhere where `out` cannot be written, and the message says where.
         """
-        reward, prompt_set = read_together(reward, prompts, out)
-        config, call_kwargs = settings(self, config or usual_config(self, prompt_set), overrides)
+        judges = overrides.get("judges", () if config is None else judges_in(config))
+        reward, prompt_set = read_together(reward, prompts, out, judges)
+        config, call_kwargs = settings(self, config_of(config, usual_config(self, prompt_set, reward)), overrides)
         usable_denoisers(self)
         tell_about(self, prompt_set, reward)
         usual = AlignConfig.preset(preset_for(self.name_or_path))
@@ -346,6 +349,9 @@ def _made_anew(kind: type, pipeline: DiffusionPipeline, changed: Mapping[str, An
         if name not in takes:
             near = difflib.get_close_matches(name, takes, 1) or takes
             raise PipelineError(f"{kind.__name__} takes no {name!r}; did you mean {' or '.join(map(repr, near))}?")
+        if name in pipeline.components and isinstance(changed[name], str | bytes | int | float | Path | Mapping | list):
+            held = type(pipeline.components[name]).__name__
+            raise PipelineError(f"{name}={changed[name]!r}: a loaded component is needed, or None; now it is a {held}")
     known = {**pipeline.config, **pipeline.components}
     pipe = aligned_class(kind)(**{**{name: known[name] for name in takes if name in known}, **changed})
     vars(pipe).update({name: value for name, value in vars(pipeline).items() if name not in vars(pipe)})
@@ -356,10 +362,31 @@ def _made_anew(kind: type, pipeline: DiffusionPipeline, changed: Mapping[str, An
 # --- the steps of align ---
 
 
-def usual_config(pipe: DiffusionPipeline, prompts: PromptSet) -> AlignConfig:
-    """The model's preset, without its judges where the prompts do not say what a judge could check."""
+def usual_config(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> AlignConfig:
+    """The model's preset, with a free judge where it has none, or none that could check these prompts."""
     config = AlignConfig.preset(preset_for(pipe.name_or_path))
-    return config if not config.evaluation.judges or knows(prompts.targets) else config.replace(judges=())
+    has_judge = config.evaluation.judges and knows(prompts.targets)
+    return config if has_judge else config.replace(judges=(free_judge(reward),))
+
+
+def config_of(given: Any, usual: AlignConfig) -> AlignConfig:
+    """The settings that were given, over the usual ones. Raises ConfigError for what are none."""
+    if given is None or isinstance(given, AlignConfig):
+        return given or usual
+    if isinstance(given, Mapping):
+        return AlignConfig.from_dict(given, usual, allow_code=True)
+    raise ConfigError(
+        f"config={given!r}: an AlignConfig is needed, a table such as {{'steps': 60}}, or what "
+        "AlignConfig.load('settings.toml') reads"
+    )
+
+
+def judges_in(config: Any) -> Any:
+    """The judges that are named in the settings, whatever these are."""
+    if isinstance(config, Mapping):
+        inside = config.get("evaluation")
+        return config.get("judges") or (inside.get("judges", ()) if isinstance(inside, Mapping) else ())
+    return config.evaluation.judges if isinstance(config, AlignConfig) else ()
 
 
 def settings(
@@ -376,8 +403,8 @@ def settings(
     return config.replace(**known), rest
 
 
-def read_together(reward: Any, prompts: Any, out: str | Path | None) -> tuple[Reward, PromptSet]:
-    """The reward and the prompts; what is wrong with them and with the place of the run folder is told at once.
+def read_together(reward: Any, prompts: Any, out: str | Path | None, judges: Any = ()) -> tuple[Reward, PromptSet]:
+    """The reward and the prompts; what is wrong with them, the judges and the place of the run folder is told at once.
 
     Raises RunError, PromptError, RewardError; ConfigError for several of them.
     """
@@ -387,6 +414,7 @@ def read_together(reward: Any, prompts: Any, out: str | Path | None) -> tuple[Re
         lambda: out is None or check_place(out),
         lambda: PromptSet.load(prompts),
         lambda: check_sources(as_reward(reward)),
+        *(partial(readable_judge, text) for text in judges if isinstance(judges, list | tuple)),
     )
     for check in checks:
         try:
@@ -398,6 +426,12 @@ def read_together(reward: Any, prompts: Any, out: str | Path | None) -> tuple[Re
     if problems:
         raise problems[0]
     return found[2], found[1]
+
+
+def readable_judge(text: Any) -> None:
+    """Raises RewardError for a judge that cannot be read; what is no text is refused with the settings."""
+    if isinstance(text, str):
+        check_sources(parse_reward(text, allow_code=True))
 
 
 def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aligning
 import pytest
 import torch
 from adapters import assert_same_changes, assert_same_tensors, changes, made, miniature, places
@@ -554,3 +555,11 @@ def test_adapters_are_compared_by_their_tensors():
     assert made(1.0) != made(1.0, path="other")
     assert made(1.0) != dict(made(1.0))
     assert made(1.0) != "adapter"
+
+
+def test_adapters_that_are_equal_have_one_hash() -> None:
+    pipe = aligning.aligned()
+    result = aligning.align(pipe, steps=1)
+    again = Adapter.of(pipe)
+    assert again == result.adapter
+    assert len({again, result.adapter}) == 1

@@ -356,7 +356,7 @@ def test_on_a_terminal_the_line_is_drawn_over_and_fits_80_columns() -> None:
     assert "step 1: skipped" in text
     last = text.rstrip().splitlines()[-1]
     assert f"1/{AlignConfig.preset('emoji').steps}" in last
-    assert "reward 0.2123  held-out 0.2346  12346 MB" in last
+    assert "reward 0.2123  held-out 0.2346  12.1 GB" in last
     assert "nan" not in text
 
 

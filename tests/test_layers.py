@@ -48,6 +48,7 @@ LAYERS = {
     "rewards.pickscore": 2.21,
     "rewards.imagereward": 2.2,
     "rewards.jpeg": 2.2,
+    "rewards.likeness": 2.21,
     "rewards.judge": 2.2,
     "rewards.objects": 2.2,
     "rewards.python": 2.2,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import aligning
 import diffusers
 import miniatures
 import pytest
@@ -34,7 +35,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from alignprop_pipe import Adapter, AlignPropPipeline, export, lora, stock
 from alignprop_pipe.bundled import MODELS_DIR
-from alignprop_pipe.config import PRESETS, LoraOptions
+from alignprop_pipe.config import PRESETS, AlignConfig, LoraOptions
 from alignprop_pipe.errors import (
     AdapterError,
     ConfigError,
@@ -47,7 +48,7 @@ from alignprop_pipe.errors import (
     RunError,
 )
 from alignprop_pipe.factors import Factors
-from alignprop_pipe.pipeline import aligned_class, known_types, stock_class, tell_about
+from alignprop_pipe.pipeline import aligned_class, config_of, known_types, stock_class, tell_about
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rewards.simple import Brightness
@@ -723,3 +724,33 @@ def test_the_run_folder_says_how_to_repeat_it(tmp_path: Path) -> None:
     assert {"adapter.safetensors", "adapter-comfyui.safetensors", "metrics.jsonl", "report.html", "curve.png"} <= {
         file.name for file in (tmp_path / "run").iterdir()
     }
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "tokenizer"])
+def test_a_text_is_no_component(part: str) -> None:
+    with pytest.raises(PipelineError, match=f"{part}='x': a loaded component is needed"):
+        AlignPropPipeline.from_pipe(miniatures.sd15(), **{part: "x"})
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_text_is_no_number_format(name: str) -> None:
+    with pytest.raises(PipelineError, match="'float16': a number format of torch is needed"):
+        AlignPropPipeline.from_pipe(miniatures.sd15(), **{name: "float16"})
+
+
+def test_settings_may_be_a_table() -> None:
+    table = {**aligning.QUICK, "steps": 1}
+    config = aligning.aligned().align("brightness", aligning.PROMPTS, table).config
+    assert (config.steps, config.lora.rank, config.sampling.height) == (1, 2, 16)
+    with pytest.raises(ConfigError, match="an AlignConfig is needed, a table"):
+        config_of("fast", config)
+    with pytest.raises(ConfigError, match="'stepps' is not known; did you mean steps"):
+        aligning.aligned().align("brightness", aligning.PROMPTS, config={"stepps": 1})
+
+
+@pytest.mark.parametrize("where", ["override", "table", "config"])
+def test_wrong_judges_are_told_with_the_other_mistakes(where: str) -> None:
+    config: Any = {"table": {"judges": ["nonesuch"]}, "config": AlignConfig().replace(judges=("nonesuch",))}.get(where)
+    given: Any = {"judges": ("nonesuch",)} if where == "override" else {}
+    with pytest.raises(ConfigError, match="(?s)'brightnes' is not known.*'nonesuch' is not known"):
+        aligning.aligned().align("brightnes", aligning.PROMPTS, config, **given)

@@ -137,6 +137,8 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
         source, prompts = _prompts(request, file, model, notes)
     with problems.noted():
         config = _judges(request, file, config, settings, prompts, notes)
+    if reward is not None:
+        config = _free_judge(config, reward, "judges" in {*settings, *file.names}, notes)
     _check_judges(request, config, settings.get("judges", config.evaluation.judges), problems, output)
     out = request.out or default_out(str(reward or "run"))
     with problems.noted():
@@ -282,9 +284,20 @@ def _judges(
         for text in judges:
             _from_file(request, file, text)
     elif judges and prompts is not None and not ("judges" in settings or knows(prompts.targets)):
-        notes.append("these prompts come without targets that the preset's judge knows: no judge watches this run")
+        notes.append("these prompts come without targets that the preset's judge knows")
         return config.replace(judges=())
     return config
+
+
+def _free_judge(config: AlignConfig, reward: "Reward", is_said: bool, notes: list[str]) -> AlignConfig:
+    """With a judge that costs nothing, where none is named."""
+    from alignprop_pipe.rewards.likeness import free_judge
+
+    if is_said or config.evaluation.judges or not config.evaluation.eval_prompts:
+        return config
+    judge = free_judge(reward)
+    notes.append(f"the judge {judge} watches this run, since none was named (--judges)")
+    return config.replace(judges=(judge,))
 
 
 def _check_judges(

@@ -29,6 +29,8 @@ class Reward:
     """The part's name in the log, and the reward's name in an expression."""
     trainable: bool = True
     """False: a judge, which is only watched."""
+    leads: bool = True
+    """False: `keep_best` follows this judge only where it is named, since the base model has its best score."""
     reads_prompts: bool = True
     """False: the prompts make no difference, so pictures can be scored without. A reward with `children` asks those."""
 

@@ -192,6 +192,14 @@ ENTRIES: tuple[RewardEntry, ...] = (
         memory_mb=1.1,
     ),
     RewardEntry(
+        name="likeness",
+        summary="is it like the base model's pictures in light, contrast, colour, detail; a judge",
+        licence="no weights",
+        where=f"{_HERE}.likeness:Likeness",
+        judge=True,
+        range_text="0 to 1 (as the base model draws: about 0.7)",
+    ),
+    RewardEntry(
         name="brightness",
         summary="mean luma",
         licence="no weights",
