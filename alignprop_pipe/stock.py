@@ -190,14 +190,15 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
     """Pictures [batch, 3, height, width] or videos [batch, frames, 3, height, width] in [0, 1] that `call` draws.
 
     `call` is the stock `__call__`, with its decorator or without. A few pipelines hand out the decoder's own output
-    in [-1, 1] for output_type="pt"; it is brought to [0, 1] as they do for PIL. Where the last step or the decoder made
+    in [-1, 1] for output_type="pt"; it is brought to [0, 1] as they do for PIL. Pictures with an alpha channel are
+    put on white, where people mostly see them. Where the last step or the decoder made
     infinities, all pictures are NaN: clamped, they would be white or black as if nothing had happened. Raises
     PipelineError.
     """
     with _watched(pipe) as last:
         output = _output(pipe, call, arguments, last)
     images = _laid_out(_stacked(_as_the_decoder_made(output, last)), arguments)
-    if not isinstance(images, Tensor) or images.ndim not in (4, 5) or images.shape[-3] != 3:
+    if not isinstance(images, Tensor) or images.ndim not in (4, 5) or images.shape[-3] not in (3, 4):
         kind = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(output).__name__
         raise PipelineError(
             f"{type(pipe).__name__} returned {kind} for output_type='pt'; pictures [batch, 3, height, width] or videos "
@@ -209,6 +210,9 @@ def pictures(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappi
             "prompts are the parts of one video. Give it one prompt at a time, with batch_size=1"
         )
     images = (images / 2 + 0.5 if _is_raw(images, last) else images).clamp(0, 1)
+    if images.shape[-3] == 4:
+        colours, alpha = images.split([3, 1], dim=-3)
+        images = colours * alpha + (1 - alpha)
     return images if all(part.detach().isfinite().all() for part in last.values()) else images * math.nan
 
 

@@ -32,6 +32,7 @@ UNUSUAL = {
     "Kandinsky5I2VPipeline": "writes the next latents in the place of the last",
     "PRXPipeline": "tells its denoiser the timestep as a share of 1000",
     "StableDiffusionAdapterPipeline": "hands out NumPy arrays, whatever it is asked for",
+    "QwenImage21Pipeline": "draws pictures with an alpha channel",
     "AllegroPipeline": "decodes in tiles that are written into one tensor",
 }
 
