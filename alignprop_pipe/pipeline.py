@@ -54,6 +54,8 @@ from alignprop_pipe.trackers import all_of
 
 logger = logging.getLogger(__name__)
 
+SLOWER, LEAST_SLOW = 10, 5.0
+"""Times as long as the fastest step, and seconds, from which on a step is slow."""
 MODEL_NEEDED = (
     "name 'emoji' (bundled), a model on the Hub like stable-diffusion-v1-5/stable-diffusion-v1-5, a folder that holds "
     "a model_index.json, or a .safetensors file"
@@ -504,6 +506,8 @@ class Session:
     history: list[StepRecord] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     watch: Watch = field(init=False)
+    fastest: float = math.inf
+    is_slow: bool = False
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.config.loss)
@@ -531,6 +535,7 @@ class Session:
             self.history.pop()
         for warning in self.watch.first_at(record):
             logger.warning("step %d: %s", record.step, warning.text, extra={"run_warning": warning.kind})
+        self.tell_if_slow(record)
         self.history.append(record)
         kept = kept_evidence(self.history, self.config)
         for number, old in enumerate(self.history[1:], start=1):
@@ -539,6 +544,23 @@ class Session:
                 self.history[number] = replace(old, evidence=replace(look, images=None))
         if self.run is not None:
             self.run.append(record)
+
+    def tell_if_slow(self, record: StepRecord) -> None:
+        """Say once that the steps have become very slow, and why that may be."""
+        if not record.step:
+            return
+        slow = not self.is_slow and record.seconds > max(SLOWER * self.fastest, LEAST_SLOW)
+        self.fastest = min(self.fastest, record.seconds)
+        if slow and self.pipe.device.type == "cpu":
+            self.is_slow = True
+            threads = torch.get_num_threads()
+            logger.warning(
+                "step %d took %.0f s, far more than the steps before: other programs may need the same cores. With "
+                "fewer CPU threads, of which there are %d, a run waits less: OMP_NUM_THREADS=1",
+                record.step,
+                record.seconds,
+                threads,
+            )
 
 
 def drain(

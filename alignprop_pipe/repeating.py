@@ -8,6 +8,7 @@ command repeats the run, and none is given. A file is data: no class outside dif
 import copy
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import psutil
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -36,6 +38,8 @@ TUPLE, TABLE, DESCRIBED = "tuple", "table", "described"
 
 OWN = "alignprop_pipe."
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+MEASURED_FOR = 0.3
+"""Seconds for which is looked how busy the cores are."""
 MOST = 1_000_000
 """Of steps, and of whatever else a scheduler counts: it makes tables of that length."""
 
@@ -123,6 +127,19 @@ def on_threads(count: Any) -> Iterator[None]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+def free_threads() -> int:
+    """CPU threads that find a free core; as many as torch has where somebody has set their number.
+
+    More threads than free cores wait for each other in every sum: then a step takes up to a hundred times as long.
+    """
+    usual = torch.get_num_threads()
+    if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return usual
+    busy = psutil.cpu_percent(interval=MEASURED_FOR) / 100 * (psutil.cpu_count() or usual)
+    free = (psutil.cpu_count() or usual) - busy
+    return max(1, min(usual, round(free)))
 
 
 def encoded(value: Any) -> Any:

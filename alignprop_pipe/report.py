@@ -255,7 +255,9 @@ def _settings(config: Mapping[str, Any]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 99) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
         kinds = (' class="number"' if i >= numbers_from else "" for i in range(len(cells)))
-        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
+        named = (f' data-label="{escape(head)}"' if tag == "td" and head else "" for head in heads)
+        marked = zip(kinds, named, cells, strict=True)
+        return "<tr>" + "".join(f"<{tag}{kind}{name}>{escape(cell)}</{tag}>" for kind, name, cell in marked) + "</tr>"
 
     head = row("th", heads) if any(heads) else ""
     return f"<table>{head}{''.join(row('td', cells) for cells in rows)}</table>"

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from alignprop_pipe import Adapter, AlignPropPipeline, export, lora, stock
+from alignprop_pipe.align import start
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.config import PRESETS, AlignConfig, LoraOptions
 from alignprop_pipe.errors import (
@@ -48,7 +50,7 @@ from alignprop_pipe.errors import (
     RunError,
 )
 from alignprop_pipe.factors import Factors
-from alignprop_pipe.pipeline import aligned_class, config_of, known_types, stock_class, tell_about
+from alignprop_pipe.pipeline import Session, aligned_class, config_of, known_types, stock_class, tell_about
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rewards.simple import Brightness
@@ -754,3 +756,14 @@ def test_wrong_judges_are_told_with_the_other_mistakes(where: str) -> None:
     given: Any = {"judges": ("nonesuch",)} if where == "override" else {}
     with pytest.raises(ConfigError, match="(?s)'brightnes' is not known.*'nonesuch' is not known"):
         aligning.aligned().align("brightnes", aligning.PROMPTS, config, **given)
+
+
+def test_steps_that_have_become_slow_are_told_once(caplog) -> None:
+    pipe, prompts, config = aligned(), PromptSet(tuple(PROMPTS)), aligning.settings(steps=5)
+    session = Session(pipe, start(pipe, as_reward("brightness"), prompts, config, {}), prompts)
+    record = align(aligned(), steps=1).history[-1]
+    for step, seconds in enumerate((0.5, 0.6, 4.9, 6.0, 70.0), start=1):
+        session.remember(replace(record, step=step, seconds=seconds))
+    said = [entry.getMessage() for entry in caplog.records if "OMP_NUM_THREADS=1" in entry.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("step 4 took 6 s")

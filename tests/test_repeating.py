@@ -242,3 +242,15 @@ def test_other_values_are_described(value: Any, words: str) -> None:
     assert repeating.encoded(value) == {"described": words}
     with pytest.raises(ConfigError, match=words):
         repeating.decoded("x", repeating.encoded(value))
+
+
+@pytest.mark.parametrize(("busy", "expected"), [(0.0, 4), (50.0, 2), (100.0, 1)])
+def test_a_run_takes_as_many_threads_as_find_a_free_core(monkeypatch, busy: float, expected: int) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(repeating.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(repeating.psutil, "cpu_percent", lambda interval: busy)
+    monkeypatch.setattr(repeating.torch, "get_num_threads", lambda: 4)
+    assert repeating.free_threads() == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert repeating.free_threads() == 4

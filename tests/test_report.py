@@ -210,3 +210,11 @@ def test_labels_stay_within_their_width(text, lines):
 def test_a_picture_of_any_dtype_is_clamped_not_wrapped():
     image = torch.tensor([-1.0, 0.5, 2.0, math.nan], dtype=torch.bfloat16).expand(3, 1, 4)
     assert drawings.picture(image).tobytes() == bytes(v for v in (0, 128, 255, 0) for _ in range(3))
+
+
+def test_on_a_phone_every_number_has_its_columns_name() -> None:
+    from alignprop_pipe.report import _table
+
+    made = _table(("score", "before <1>"), [("clip", "0.5")], numbers_from=1)
+    assert '<td class="number" data-label="before &lt;1&gt;">0.5</td>' in made
+    assert "data-label" not in _table(("", ""), [("torch", "2")])

@@ -109,9 +109,9 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
     plan = planned(request, settings, output)
     for note in plan.notes:
         output.say(note)
-    from alignprop_pipe.repeating import on_threads
+    from alignprop_pipe.repeating import free_threads, on_threads
 
-    with on_threads(plan.facts.get("threads")):
+    with on_threads(plan.facts.get("threads") or free_threads()):
         _train(plan, output)
 
 
