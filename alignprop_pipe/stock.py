@@ -119,7 +119,9 @@ def scheduler(pipe: DiffusionPipeline) -> Any:
     """The scheduler whose `step` counts the denoising steps. Raises PipelineError if there is none."""
     found = getattr(pipe, "scheduler", None)
     if found is None or not callable(getattr(found, "step", None)):
-        raise PipelineError(f"{type(pipe).__name__} has no scheduler with a step(); set pipe.scheduler first")
+        others = [name for name, part in pipe.components.items() if callable(getattr(part, "step", None))]
+        way_out = f"it steps {', '.join(others)} instead" if others else "set pipe.scheduler first"
+        raise PipelineError(f"{type(pipe).__name__} has no scheduler with a step(); {way_out}")
     return found
 
 
@@ -169,7 +171,9 @@ def call_arguments(
         del usual["negative_prompt"]
     wanted = {**{name: value for name, value in usual.items() if value is not None}, **(extra or {})}
     taken = call_parameters(pipe)
-    return {name: value for name, value in wanted.items() if name in taken}
+    # Some pipelines write into the lists that they are given, such as a chat template into each prompt.
+    given = {name: value for name, value in wanted.items() if name in taken}
+    return {name: copy.copy(value) if type(value) in (list, dict) else value for name, value in given.items()}
 
 
 def _one_or_list(values: Sequence[Any]) -> Any:

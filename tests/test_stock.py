@@ -93,6 +93,14 @@ def test_arguments_of_one_pipeline_alone_go_before_the_settings() -> None:
     assert "no_such" not in given
 
 
+def test_lists_are_given_as_copies() -> None:
+    extra = {"prompt_2": ["a", "b"], "cross_attention_kwargs": {"scale": 1.0}}
+    given = arguments(miniatures.sdxl(), extra)
+    given["prompt_2"][0] = "<|user|>a"  # as ZImagePipeline does
+    given["cross_attention_kwargs"]["scale"] = 0.5
+    assert extra == {"prompt_2": ["a", "b"], "cross_attention_kwargs": {"scale": 1.0}}
+
+
 def test_a_pipeline_that_takes_no_prompt() -> None:
     class Unconditional(DiffusionPipeline):
         def __call__(self, batch_size: int = 1, output_type: str = "pil") -> None: ...

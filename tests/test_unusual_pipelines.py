@@ -44,6 +44,12 @@ def test_everything_holds_for_an_unusual_pipeline(name):
     assert {"pictures", "adapter file", "gradient K=1", "gradient K=T", "align"} <= {*result.checks}
 
 
+def test_schedulers_of_other_names_are_named():
+    result = check(diffusers.UnCLIPPipeline)
+    assert result.outcome == "refused"
+    assert result.words.endswith("it steps prior_scheduler, decoder_scheduler, super_res_scheduler instead")
+
+
 class Decorated(nn.Module):
     """A layer whose work is done in a method decorated with no_grad, such as experts in eval mode."""
 

@@ -106,7 +106,9 @@ class Case:
         taken = call_parameters(self.kind)
         given = {name: value for name, value in given.items() if name in taken}
         torch.manual_seed(0)  # some draw from the global generator, whatever they are given
-        return self.laid_out(first(call(self.pipe, **self.arguments, **self.generators(), **given)))
+        # Some write into the lists that they are given.
+        own = {name: list(value) if isinstance(value, list) else value for name, value in self.arguments.items()}
+        return self.laid_out(first(call(self.pipe, **own, **self.generators(), **given)))
 
     def laid_out(self, found: Any) -> Any:
         """Pictures [batch, 3, height, width], videos [batch, frames, 3, height, width], whatever the pipeline does."""
