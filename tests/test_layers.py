@@ -53,6 +53,7 @@ LAYERS = {
     "rewards.objects": 2.2,
     "rewards.python": 2.2,
     "rewards.simple": 2.2,
+    "rewards.smooth": 2.21,
     "rewards.entries": 2.1,
     "rewards.registry": 2.3,
     "rewards": 2.4,

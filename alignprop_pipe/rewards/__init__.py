@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.rewards.python import PythonReward
     from alignprop_pipe.rewards.registry import REGISTRY, as_reward, parse_reward, register
     from alignprop_pipe.rewards.simple import Brightness, Colour, Sharpness, Symmetry, TotalVariation
+    from alignprop_pipe.rewards.smooth import Smooth
 
 _HOME = {
     "Aesthetic": "aesthetic",
@@ -37,6 +38,7 @@ _HOME = {
     "ClipAbove": "combine",
     "Min": "combine",
     "Scaled": "combine",
+    "Smooth": "smooth",
     "SoftMin": "combine",
     "Watch": "combine",
     "ZScore": "combine",
@@ -83,6 +85,7 @@ __all__ = [
     "RewardEntry",
     "Scaled",
     "Sharpness",
+    "Smooth",
     "SoftMin",
     "Symmetry",
     "TotalVariation",

@@ -112,7 +112,7 @@ class ZScore(Measured):
     name = "zscore"
 
     def __init__(self, reward: Reward, mean: float | int | None = None, std: float | int | None = None) -> None:
-        self.reward = _only(self.name, reward)
+        self.reward = only_reward(self.name, reward)
         self.statistics = _both(self.name, mean=mean, std=std)
         if self.statistics and self.statistics["std"] <= 0:
             raise RewardError(f"zscore(std={std}): a standard deviation over 0 is needed")
@@ -140,7 +140,7 @@ class Scaled(Measured):
     name = "scaled"
 
     def __init__(self, reward: Reward, low: float | int | None = None, high: float | int | None = None) -> None:
-        self.reward = _only(self.name, reward)
+        self.reward = only_reward(self.name, reward)
         self.statistics = _both(self.name, low=low, high=high)
         if self.statistics and low == high:
             raise RewardError(f"scaled(low={low}, high={high}): two different numbers are needed")
@@ -189,7 +189,7 @@ class SoftMin(Combination):
 
     def __init__(self, *rewards: Reward, temperature: float | int = 1.0) -> None:
         _several(self.name, rewards)
-        self.temperature = _number(self.name, "temperature", temperature)
+        self.temperature = number_for(self.name, "temperature", temperature)
         if self.temperature <= 0:
             raise RewardError(f"softmin(temperature={temperature}): a number over 0 is needed; for 0 use min")
 
@@ -210,8 +210,8 @@ class ClipAbove(OfOne):
     name = "clip_above"
 
     def __init__(self, reward: Reward, value: float | int) -> None:
-        self.reward = _only(self.name, reward)
-        self.value = _number(self.name, "value", value)
+        self.reward = only_reward(self.name, reward)
+        self.value = number_for(self.name, "value", value)
 
     def combine(self, totals: list[Rewards]) -> Rewards:
         return totals[0].clamp(max=self.value)
@@ -226,7 +226,7 @@ class Watch(Combination):
     name = "watch"
 
     def __init__(self, reward: Reward) -> None:
-        self.reward = _only(self.name, reward)
+        self.reward = only_reward(self.name, reward)
 
     def trained(self) -> Iterator[Reward]:
         return iter(())
@@ -240,7 +240,8 @@ class Watch(Combination):
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _only(name: str, reward: Any) -> Reward:
+def only_reward(name: str, reward: Any) -> Reward:
+    """The argument, where it is a reward that another can hold. Raises RewardError."""
     if not isinstance(reward, Reward):
         raise RewardError(f"{name}: a reward is needed, as in {name}(clip, ...), not {reward!r}")
     if isinstance(reward, Watch):
@@ -252,10 +253,10 @@ def _several(name: str, rewards: tuple[Any, ...]) -> None:
     if len(rewards) < 2:
         raise RewardError(f"{name}: two rewards or more are needed, as in {name}(clip, jpeg), not {len(rewards)}")
     for reward in rewards:
-        _only(name, reward)
+        only_reward(name, reward)
 
 
-def _number(name: str, argument: str, value: Any) -> float:
+def number_for(name: str, argument: str, value: Any) -> float:
     """The argument as a float. Raises RewardError unless it is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:  # also NaN, and whole numbers of 400 digits
@@ -270,7 +271,7 @@ def _both(name: str, **numbers: Any) -> dict[str, float]:
     for argument, value in numbers.items():
         if value is None:
             raise RewardError(f"{name}: {argument}= is missing; give both {' and '.join(numbers)}, or neither")
-    return {argument: _number(name, argument, value) for argument, value in numbers.items()}
+    return {argument: number_for(name, argument, value) for argument, value in numbers.items()}
 
 
 def _rounded(value: float, spread: float) -> float:

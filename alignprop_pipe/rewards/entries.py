@@ -285,6 +285,14 @@ ENTRIES: tuple[RewardEntry, ...] = (
         combines=True,
     ),
     RewardEntry(
+        name="smooth",
+        summary="harder to fool, the mean over moved and noisy views of each picture: smooth(clip, views=4)",
+        licence="no weights",
+        where=f"{_HERE}.smooth:Smooth",
+        range_text="that of the reward inside",
+        combines=True,
+    ),
+    RewardEntry(
         name="watch",
         summary="logged in training, never trained on: clip + watch(jpeg)",
         licence="no weights",
