@@ -30,6 +30,7 @@ from sweep.classes import arguments, call_parameters
 from sweep.recipes import recipe_for
 
 WORKS, REFUSED, CANNOT, WRONG = "works", "refused", "cannot be built", "WRONG"
+NOT_REACHED = "not reached"
 EXACT, CLOSE = 1e-9, 1e-3
 """How far a gradient may be from its reference, over its largest entry: in float64 and in float32."""
 SLOPE = 1e-3

@@ -4,6 +4,7 @@
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,18 @@ def one_tile(pipe: Any) -> None:
     """Allegro decodes in tiles or not at all, and nothing of a video that is smaller than a tile."""
     pipe.vae.enable_tiling()
     pipe.vae.kernel = pipe.vae.stride = (8, 16, 16)
+
+
+def small_area(pipe: Any) -> None:
+    """A picture that is edited comes in 64 by 64 pixels, where the pipeline's code has a million for any picture."""
+    module = sys.modules[type(pipe).__module__]
+    if hasattr(module, "calculate_dimensions"):
+        original = module.calculate_dimensions
+        module.calculate_dimensions = lambda _area, ratio: original(64 * 64, ratio)
+    else:
+        processor = pipe.vae_image_processor
+        buckets = sys.modules[type(processor).__module__].BUCKETS
+        buckets[processor.config.basesize] = [(64, 64)]
 
 
 def controls(_batch: int) -> list[torch.Tensor]:
@@ -238,7 +251,7 @@ RULES = [
         parts={"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}},
         call={"enable_prompt_rewrite": False},
     ),
-    rule(r"LongCatImageEditPipeline", call={"image": one(32)}, batch=1, parts={"vae": DEEP}),
+    rule(r"LongCatImageEditPipeline", call={"image": one(32)}, batch=1, parts={"vae": DEEP}, after=small_area),
     rule(
         r"VisualCloze.*",
         parts={"transformer": {"in_channels": 48, "out_channels": 16}},
@@ -277,6 +290,7 @@ RULES = [
     rule(r"QwenImage.*", call={"true_cfg_scale": 2.0, "negative_prompt": "a house", "max_sequence_length": 64}),
     rule(r"QwenImage(?!Edit).*Img2ImgPipeline", call=START, steps=5),
     rule(r"QwenImage(?!Edit)(?!ControlNet).*InpaintPipeline", call={**INPAINT, "strength": 0.6}, steps=5),
+    rule(r"QwenImage(Edit.*|Layered)Pipeline", after=small_area),
     rule(r"QwenImageEdit.*", call={"image": one(32)}, batch=1),
     rule(r"QwenImageEditInpaintPipeline", call={"image": one(32), "mask_image": mask(32), "strength": 0.6}, steps=5),
     rule(r"QwenImageControlNet.*", call={"control_image": one()}),
@@ -411,6 +425,7 @@ RULES = [
     rule(r"Kandinsky3.*", parts={"unet": {"block_out_channels": (32, 64), "layers_per_block": 3}}),
     rule(r"Kandinsky3Img2ImgPipeline", call=START, steps=5),
     rule(r"Kandinsky5.*", parts={"tokenizer": {"class": "Qwen2VLProcessor"}}, call={"max_sequence_length": 64}),
+    rule(r"Kandinsky5.*2I.*", after=lambda pipe: setattr(pipe, "resolutions", [(32, 32)])),
     rule(r"Kandinsky5.*V.*", call={"num_frames": 5}),
     rule(r"Kandinsky5I2.*", parts={"transformer": {"visual_cond": True}}, call={"image": one()}),
     # cascades
@@ -604,6 +619,7 @@ RULES = [
         call={"guidance_schedule": None},
         parts={"text_encoder": {"class": "Qwen3VLModel", "num_hidden_layers": 36}},
     ),
+    rule(r"JoyImageEditPipeline", after=small_area),
     rule(r"JoyImageEditPlusPipeline", call={"images": lambda batch: [[picture(1, 32)]] * batch, **SIDE_64}),
     rule(r"Kandinsky6TI2VAPipeline", call={"sample_audio": False, "num_frames": 5}),
     rule(

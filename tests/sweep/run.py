@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from sweep import results
-from sweep.checks import WRONG, Result, check
+from sweep.checks import NOT_REACHED, WRONG, Result, check
 from sweep.classes import pipeline_classes, why_not
 
 LIMIT = 900
@@ -37,7 +37,7 @@ def _apart(name: str) -> results.Line:
     try:
         if ours.poll(LIMIT):
             return ours.recv()
-        return Result(name, WRONG, f"not done after {LIMIT} s").as_dict()
+        return Result(name, NOT_REACHED, f"not done after {LIMIT} s").as_dict()
     except EOFError:
         process.join()
         return Result(name, WRONG, f"its process ended with code {process.exitcode}").as_dict()
