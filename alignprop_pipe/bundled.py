@@ -51,6 +51,10 @@ MODELS: tuple[BundledModel, ...] = (
 )
 
 
+REWARD = "smooth(clip)"
+"""What the bundled text-to-image model is aligned to where nothing else is asked for."""
+
+
 def preset_for(model: str | None) -> str:
     """The preset that a run starts from: a bundled model's own, `fast` for every other model."""
     return next((entry.preset for entry in MODELS if entry.name == model and entry.preset), "fast")

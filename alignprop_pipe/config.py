@@ -55,7 +55,8 @@ class LoraOptions(_Checked):
     rank: int = option(4, "rank of the LoRA (paper: 4)", low=1, high=4096)
     alpha: float | None = option(None, "LoRA alpha; the update is scaled by alpha / rank (default: the rank)", above=0)
     target_modules: tuple[str, ...] = option(
-        (), "names of the linear layers to adapt (default: every linear layer of the denoiser's attention modules)"
+        (),
+        "names of the layers to adapt, linear or convolutions (default: every linear layer of the denoiser's attention modules)",
     )
     init_lora_weights: Literal["default", "gaussian"] = option(
         "default", "how the down-projection starts: PEFT's default or gaussian; the up-projection starts at zero"
@@ -312,14 +313,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
     "emoji": {
-        "steps": 50,
+        "steps": 60,
         "batch_size": 12,
         "rank": 16,
-        "lr": 5e-3,
+        "target_modules": (
+            *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+            *("conv1", "conv2", "time_emb_proj"),
+        ),
+        "lr": 3e-3,
         "lr_scheduler": "cosine",
         "weight_decay": 1e-4,
         "max_grad_norm": 0.05,
-        "truncation": RandomLastK(4),
+        "max_grad_growth": 0.5,
+        "truncation": RandomLastK(2, 7),
         "checkpointing": RecomputeNone(),
         "num_inference_steps": 10,
         "guidance_scale": 1.0,

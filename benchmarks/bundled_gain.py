@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, evaluate, lora, parse_reward, stock
+from alignprop_pipe.bundled import REWARD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bundled_model"))
 import render
@@ -30,7 +31,7 @@ JUDGE = "emoji_judge"
 def aligned(seed: int) -> tuple[float, float, float]:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     began = time.monotonic()
-    result = pipe.align("clip", "emoji", seed=seed)
+    result = pipe.align(REWARD, "emoji", seed=seed)
     assert result.before
     assert result.after
     trained = sum(record.seconds for record in result.history)
@@ -42,7 +43,7 @@ def plain(seed: int, seconds: float, wrong: float) -> None:
     """Train the same LoRA on noisy latents of pictures, for as long as `align` trained, by the same cosine."""
     config = AlignConfig.preset("emoji").replace(seed=seed)
     pipe = AlignPropPipeline.from_pretrained("emoji")
-    judge, reward = parse_reward(JUDGE), parse_reward("clip")
+    judge, reward = parse_reward(JUDGE), parse_reward(REWARD)
     held_out = PromptSet.load("emoji").split(config.evaluation.eval_prompts, seed)[1]
     before = evaluate(pipe, reward, [judge], held_out, config, 0)
     denoisers = stock.denoisers(pipe)

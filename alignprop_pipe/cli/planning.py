@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from alignprop_pipe.bundled import REWARD
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.drawing import default_out
 from alignprop_pipe.cli.opening import check_model, find_device, import_rewards, open_pipeline, open_reward
@@ -226,7 +227,7 @@ def _reward(
     if text:
         return open_reward(_from_file(request, file, text), request, output, allow_code=False)
     if model == BUNDLED:
-        return open_reward("clip", request, output)
+        return open_reward(REWARD, request, output)
     if problems.found and request.config is not None and file.path is None:
         return None  # what the file says is not known
     raise typer.BadParameter(

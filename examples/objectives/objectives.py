@@ -27,8 +27,13 @@ from alignprop_pipe.rewards import AttributeJudge
 HERE = Path(__file__).parent
 ADAPTERS = Path(tempfile.gettempdir()) / "alignprop-objectives"
 SEEDS, STEPS, HELD_OUT = (0, 1, 2), 25, 48
+TOO_FAR = "-too-far"
 COLOURS = ("red", "yellow", "green", "blue", "purple", "pink", "white")
-DOGS = [f"{n} on a {c} background" for n in ("one dog", "two dogs", "three dogs", "four dogs") for c in COLOURS]
+NUMBERS = {"one": "one dog", "two": "two dogs", "three": "three dogs", "four": "four dogs"}
+DOGS = PromptSet(
+    tuple(f"{dogs} on a {colour} background" for dogs in NUMBERS.values() for colour in COLOURS),
+    {"count": tuple(n for n in NUMBERS for _ in COLOURS), "background": COLOURS * len(NUMBERS)},
+)
 
 
 class SeesDog(AttributeJudge):
@@ -43,14 +48,8 @@ class SeesDog(AttributeJudge):
         return {}
 
 
-def saturation(images: Tensor) -> Tensor:
-    """Mean saturation of a picture, as in HSV: 0 (grey) to 1."""
-    highest, lowest = images.amax(dim=1), images.amin(dim=1)
-    return ((highest - lowest) / highest.clamp(min=1e-6)).mean(dim=(1, 2))
-
-
 HERE_IS = Path(__file__).as_posix()
-WATCHED = ("emoji_judge", "jpeg", f"{HERE_IS}:saturation")
+WATCHED = ("emoji_judge", "jpeg", "colour")
 RIGHT = {"emoji_judge": "right in everything, by the judge"}
 NUMBER = {"emoji_judge.count": "right number, by the judge"}
 SUBJECT = {"emoji_judge.subject": "right subject, by the judge"}
@@ -61,12 +60,15 @@ FILE_SIZE = {"jpeg_kb": "JPEG file, kB"}
 class Objective:
     """A reward, what is meant by it, and the measures that say whether it was reached: name -> words.
 
-    `steps` and `held_out` are `STEPS` and `HELD_OUT` where they are not given.
+    `too_far` is the reward alone, which ends in pictures that please it and nobody else; the one that is trained has a
+    stopping point instead, or something beside it that keeps the pictures. `steps` and `held_out` are `STEPS` and
+    `HELD_OUT` where they are not given.
     """
 
     reward: str
     meant: str
     measures: dict[str, str]
+    too_far: str = ""
     prompts: Any = "emoji"
     watched: tuple[str, ...] = field(default=WATCHED)
     steps: int | None = None
@@ -74,29 +76,42 @@ class Objective:
 
 
 OBJECTIVES = {
-    "alignment": Objective("clip", "pictures of what the prompt says", RIGHT),
+    "alignment": Objective("smooth(clip)", "pictures of what the prompt says", RIGHT),
     "aesthetics": Objective(
-        "colour",
-        "a stand-in for `aesthetic`, whose network reads photographs: colourfulness after Hasler and Süsstrunk",
-        {"saturation": "saturation, 0 to 1"} | RIGHT,
+        "smooth(clip) + clip_above(colour, 0.5)",
+        "more colour, up to 0.5 and no further: colourfulness after Hasler and Süsstrunk, a stand-in for `aesthetic`, "
+        "whose network reads photographs",
+        {"colour": "colourfulness, 0 to 1"} | RIGHT,
+        too_far="colour",
     ),
-    "compressibility": Objective("jpeg", "pictures that make small files", FILE_SIZE | RIGHT),
-    "incompressibility": Objective("-jpeg", "pictures full of detail, which make large files", FILE_SIZE | RIGHT),
+    "compressibility": Objective(
+        "smooth(clip) + 10*clip_above(jpeg, -0.02)",
+        "pictures that make small files, of about 1 kB and no smaller",
+        FILE_SIZE | RIGHT,
+        too_far="jpeg",
+    ),
+    "incompressibility": Objective(
+        "smooth(clip) + 10*clip_above(-jpeg, 0.065)",
+        "pictures full of detail, which make large files, and no larger than that",
+        FILE_SIZE | RIGHT,
+        too_far="-jpeg",
+    ),
     # The number is what moves slowest: it takes more steps, and more pictures to see it.
     "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT, steps=40, held_out=100),
     "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
     "removal": Objective(
-        'without("dog")',
-        "no dogs, though every prompt asks for some",
-        {"judge_sees_dog": "dogs, by the judge"},
-        DOGS,
-        (f"{HERE_IS}:SeesDog", *WATCHED[1:]),
+        'clip_above(without("dog"), -0.1) + contains("cat")',
+        "no dogs, though every prompt asks for some, and cats in their place",
+        {"judge_sees_dog": "dogs, by the judge", "emoji_judge": "number and background right, by the judge"},
+        too_far='without("dog")',
+        prompts=DOGS,
+        watched=(f"{HERE_IS}:SeesDog", *WATCHED),
     ),
     "alignment-compressibility": Objective("zscore(clip) + 0.5*zscore(jpeg)", "both, on one scale", FILE_SIZE | RIGHT),
     "alignment-colour": Objective(
-        "min(zscore(clip), zscore(colour))",
-        "both at once: a picture is as good as its worse side",
-        {"saturation": "saturation, 0 to 1"} | RIGHT,
+        "softmin(zscore(clip), zscore(colour))",
+        "both at once: a picture is about as good as its worse side",
+        {"colour": "colourfulness, 0 to 1"} | RIGHT,
     ),
 }
 
@@ -106,13 +121,13 @@ def adapter_file(name: str, seed: int) -> Path:
 
 
 def trained(name: str, seed: int) -> AlignResult:
-    """Train for one objective, and keep the adapter for mixing."""
-    objective = OBJECTIVES[name]
+    """Train for one objective, or for its reward alone, and keep the adapter for mixing."""
+    objective = OBJECTIVES[name.removesuffix(TOO_FAR)]
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
-        objective.reward, objective.prompts, AlignConfig.preset("emoji"),
+        objective.too_far if name.endswith(TOO_FAR) else objective.reward, objective.prompts, AlignConfig.preset("emoji"),
         steps=objective.steps or STEPS, eval_prompts=objective.held_out or HELD_OUT, seed=seed,
-        judges=objective.watched,
+        judges=objective.watched, keep_best=False,
     )  # fmt: skip
     ADAPTERS.mkdir(exist_ok=True)
     pipe.save_adapter(adapter_file(name, seed), format="diffusers")
@@ -148,6 +163,14 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     return {"seconds": round(seconds)} | {key: _rounded(change) for key, change in changes.items()}
 
 
+def names() -> list[str]:
+    """All that can be asked for: the objectives, each with the same followed too far, and the mixed adapters."""
+    return [
+        *(part for name, one in OBJECTIVES.items() for part in (name, *([name + TOO_FAR] if one.too_far else []))),
+        "mixed-adapters",
+    ]
+
+
 def _rounded(change: Change) -> list[float]:
     return [round(change.before, 4), round(change.after, 4)]
 
@@ -165,7 +188,11 @@ alignprop train --reward count --steps 40     # the same on the command line
 
 {steps} steps of twelve pictures and {held_out} held-out prompts with the same noise before and after (`count`: 40 steps
 and 100 prompts); seeds {seeds}. This page is written by the script from results.json. A run took {low} to {high}
-seconds on two cores. Where the judge falls, the reward was followed too far: it says nothing of what the picture shows.
+seconds on two cores. The judge, which no training sees, says what share of the pictures shows what it should.
+
+A reward that says nothing of what the picture shows is followed too far sooner or later. So such an objective has a
+stopping point (`clip_above`: good enough, no further) and something beside it that keeps the pictures; what the reward
+alone does in the same number of steps stands below it as the warning.
 """
 
 
@@ -174,44 +201,47 @@ def page(results: dict[str, Any]) -> str:
     seconds = [run["seconds"] for runs in results.values() for run in runs.values() if run["seconds"]]
     seeds = ", ".join(sorted({seed for runs in results.values() for seed in runs}))
     head = HEAD.format(steps=STEPS, held_out=HELD_OUT, seeds=seeds, low=min(seconds), high=max(seconds))
-    sections = [
-        section(name, dict(sorted(results[name].items())))
-        for name in (*OBJECTIVES, "mixed-adapters")
-        if name in results
-    ]
+    sections = [section(name, dict(sorted(results[name].items()))) for name in names() if name in results]
     return "\n".join([head, *sections])
 
 
 def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
     """One objective: the table over the seeds, and the pictures of the first one."""
-    if name in OBJECTIVES:
-        objective = OBJECTIVES[name]
+    objective = OBJECTIVES.get(name.removesuffix(TOO_FAR))
+    if objective is not None and name.endswith(TOO_FAR):
+        title, meant, measures = f"`{objective.too_far}`", "the reward alone", {"reward": "reward"} | objective.measures
+    elif objective is not None:
         title, meant, measures = f"`{objective.reward}`", objective.meant, {"reward": "reward"} | objective.measures
     else:
         title = "half of the `clip` adapter and half of the `jpeg` adapter"
         meant = "mixing finished adapters, beside training on the mixed reward above"
         measures = {"clip": "clip"} | FILE_SIZE | RIGHT
-    lines = [f"## {name}: {title}", "", f"{meant[0].upper()}{meant[1:]}.", ""]
+    lines = [f"{'###' if name.endswith(TOO_FAR) else '##'} {name}: {title}", "", f"{meant[0].upper()}{meant[1:]}.", ""]
     lines += [f"| | {' | '.join(f'seed {seed}' for seed in runs)} | mean change |", f"|---|{'---|' * (len(runs) + 1)}"]
     for key, words in measures.items():
         pairs = [run[key] for run in runs.values()]
         mean = statistics.mean(after - before for before, after in pairs)
-        cells = " | ".join(f"{before:.3g} -> {after:.3g}" for before, after in pairs)
-        lines.append(f"| {words} | {cells} | {mean:+.3g} |")
+        cells = " | ".join(f"{shown(before)} -> {shown(after)}" for before, after in pairs)
+        lines.append(f"| {words} | {cells} | {shown(mean, '+')} |")
     return "\n".join([*lines, "", f"![before and after]({name}.png)", ""])
+
+
+def shown(value: float, sign: str = "") -> str:
+    """Two digits behind the point, three where that leaves too little; never -0."""
+    digits = 3 if abs(value) < 0.1 else 2
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*OBJECTIVES, "mixed-adapters"]
-    options.add_argument("names", nargs="*", help=f"which ones, of: {', '.join(names)} (default: all)")
+    options.add_argument("names", nargs="*", help=f"which ones, of: {', '.join(names())} (default: all)")
     options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     chosen = options.parse_args()
-    unknown = [name for name in chosen.names if name not in names]
+    unknown = [name for name in chosen.names if name not in names()]
     if unknown:
-        options.error(f"{unknown[0]!r} is not known; choose from {', '.join(names)}")
+        options.error(f"{unknown[0]!r} is not known; choose from {', '.join(names())}")
     file = HERE / "results.json"
-    for name in chosen.names or names:
+    for name in chosen.names or names():
         for seed in chosen.seeds:
             figures = measure(name, seed)
             print(f"{name} seed {seed}: {figures}", flush=True)
