@@ -56,7 +56,8 @@ class LoraOptions(_Checked):
     alpha: float | None = option(None, "LoRA alpha; the update is scaled by alpha / rank (default: the rank)", above=0)
     target_modules: tuple[str, ...] = option(
         (),
-        "names of the layers to adapt, linear or convolutions (default: every linear layer of the denoiser's attention modules)",
+        "names of the layers to adapt, linear ones or convolutions (default: every linear layer of the denoiser's "
+        "attention modules)",
     )
     init_lora_weights: Literal["default", "gaussian"] = option(
         "default", "how the down-projection starts: PEFT's default or gaussian; the up-projection starts at zero"

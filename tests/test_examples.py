@@ -93,12 +93,14 @@ def test_objectives_are_measured_mixed_and_written_down(tmp_path: Path, monkeypa
     inside = measure.__globals__
     inside.update(STEPS=1, HELD_OUT=3, HERE=tmp_path, ADAPTERS=tmp_path / "adapters")
     results = {name: {"0": measure(name, 0)} for name in ("alignment", "compressibility", "mixed-adapters")}
+    results["compressibility-too-far"] = {"0": measure("compressibility-too-far", 0)}
     for name, runs in results.items():
         assert runs["0"]["jpeg_kb"][0] > 0
         assert (tmp_path / f"{name}.png").stat().st_size > 100
     assert results["mixed-adapters"]["0"]["emoji_judge"][0] == results["alignment"]["0"]["emoji_judge"][0]
     text = page(results)
-    assert "## compressibility: `jpeg`" in text
+    assert "## compressibility: `smooth(clip)" in text
+    assert "### compressibility-too-far: `jpeg`" in text
     assert "seeds 0." in text
 
 
@@ -106,3 +108,4 @@ def test_every_objective_can_be_read() -> None:
     objectives = runpy.run_path(str(EXAMPLES / "objectives" / "objectives.py"))["OBJECTIVES"]
     for objective in objectives.values():
         assert str(parse_reward(objective.reward)) == objective.reward
+        assert not objective.too_far or str(parse_reward(objective.too_far)) == objective.too_far

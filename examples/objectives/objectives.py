@@ -123,9 +123,10 @@ def adapter_file(name: str, seed: int) -> Path:
 def trained(name: str, seed: int) -> AlignResult:
     """Train for one objective, or for its reward alone, and keep the adapter for mixing."""
     objective = OBJECTIVES[name.removesuffix(TOO_FAR)]
+    reward = objective.too_far if name.endswith(TOO_FAR) else objective.reward
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
-        objective.too_far if name.endswith(TOO_FAR) else objective.reward, objective.prompts, AlignConfig.preset("emoji"),
+        reward, objective.prompts, AlignConfig.preset("emoji"),
         steps=objective.steps or STEPS, eval_prompts=objective.held_out or HELD_OUT, seed=seed,
         judges=objective.watched, keep_best=False,
     )  # fmt: skip
@@ -213,7 +214,7 @@ def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
     elif objective is not None:
         title, meant, measures = f"`{objective.reward}`", objective.meant, {"reward": "reward"} | objective.measures
     else:
-        title = "half of the `clip` adapter and half of the `jpeg` adapter"
+        title = "half of the `alignment` adapter and half of the `compressibility` adapter"
         meant = "mixing finished adapters, beside training on the mixed reward above"
         measures = {"clip": "clip"} | FILE_SIZE | RIGHT
     lines = [f"{'###' if name.endswith(TOO_FAR) else '##'} {name}: {title}", "", f"{meant[0].upper()}{meant[1:]}.", ""]
