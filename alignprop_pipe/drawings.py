@@ -1,7 +1,4 @@
-"""Records -> PNG: the curve of a run, and the sheet of held-out pictures before and after.
-
-Nothing here picks what looks best: pictures are taken at even distances from the list of held-out prompts.
-"""
+"""Records -> PNG: the curve of a run, and the sheet of held-out pictures before and after."""
 
 import io
 import math
@@ -23,12 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from alignprop_pipe import pairs
 from alignprop_pipe.escaping import one_line
 from alignprop_pipe.files import SHEET_CHUNK, write_whole
 from alignprop_pipe.records import Evidence, StepRecord
-
-SHOWN = 12
-"""Pairs of pictures that are shown; the run folder's samples/ has all of them."""
 
 SMALL = 128
 """Pictures up to this many pixels are enlarged in whole pixels, not smoothed."""
@@ -47,14 +42,18 @@ class Theme:
     line: str
     batch: str
     held_out: tuple[str, ...]
+    right: str
+    wrong: str
 
 
 LIGHT = Theme(
-    "#ffffff", "#1c2430", "#5b6675", "#dfe3e9", "#2166c4", ("#c2570c", "#0f7b5f", "#8d3fa8", "#7a6a00", "#b03060")
-)
+    "#ffffff", "#1c2430", "#5b6675", "#dfe3e9", "#2166c4", ("#c2570c", "#0f7b5f", "#8d3fa8", "#7a6a00", "#b03060"),
+    right="#0f7b3f", wrong="#c0262d",
+)  # fmt: skip
 DARK = Theme(
-    "#1a2028", "#e6eaf0", "#98a3b3", "#2e3742", "#6fa8f5", ("#f0965a", "#4cc3a0", "#cf8ee6", "#d1bd4a", "#f28aa8")
-)
+    "#1a2028", "#e6eaf0", "#98a3b3", "#2e3742", "#6fa8f5", ("#f0965a", "#4cc3a0", "#cf8ee6", "#d1bd4a", "#f28aa8"),
+    right="#4cc38a", wrong="#f2707a",
+)  # fmt: skip
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -91,25 +90,6 @@ def thumbnail(image: Float[Tensor, "3 height width"]) -> bytes:
     return buffer.getvalue()
 
 
-def shown_prompts(count: int) -> list[int]:
-    """Which of `count` held-out prompts are shown: all of them, or `SHOWN` at even distances."""
-    shown = min(count, SHOWN)
-    return [i * count // shown for i in range(shown)]
-
-
-def sheet_caption(before: Evidence, after: Evidence) -> str:
-    """What the pairs are and how they were taken."""
-    count, shown = len(before.prompts), len(shown_prompts(len(before.prompts)))
-    which = f"{shown} of {before.what}, evenly spaced"
-    if shown == count:
-        which = f"All {before.what}" if count > 1 else f"The one picture: {before.what}"
-    judged = f" and what the judge {after.main_judges[0]} gave it" if after.main_judges else ""
-    return (
-        f"{which}, not chosen by score. Left: before. Right: after, with the adapter of step {after.step}. "
-        f"Both pictures of a pair start from the same noise. The numbers are that picture's reward{judged}."
-    )
-
-
 def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> None:
     """Write a sheet of labelled pairs. Raises RunError; ValueError where a look holds no images."""
     if before.images is None or after.images is None or not before.prompts:
@@ -119,13 +99,13 @@ def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> No
     card_width = 2 * size[0] + gap
     titles = {
         number: _wrapped(before.prompts[number], _font(bold=True), card_width, lines=2)
-        for number in shown_prompts(len(before.prompts))
+        for number in pairs.shown_pairs(before, after)
     }
     head = max(map(len, titles.values())) * line + 4
     card_height = head + size[1] + 3 + line
     columns = min(len(titles), max(1, round(1250 / (card_width + margin))))
     width = max(480, margin + columns * (card_width + margin))
-    caption = _wrapped(sheet_caption(before, after), _font(), width - 2 * margin, lines=5)
+    caption = _wrapped(pairs.caption(before, after), _font(), width - 2 * margin, lines=5)
     top = margin + math.ceil(len(titles) / columns) * (card_height + margin)
     sheet = Image.new("RGB", (width, top + len(caption) * line + margin), LIGHT.page)
     pen = ImageDraw.Draw(sheet)
@@ -137,18 +117,14 @@ def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> No
             (x + size[0] + gap, "after", after, after.images[number]),
         ):
             sheet.paste(_scaled(picture(image), size), (left, y + head))
-            label = f"{name}  {score_text(look, number)}"
-            _write(pen, (left, y + head + size[1] + 3), _wrapped(label, _font(), size[0], lines=1), LIGHT.soft)
+            at = (left, y + head + size[1] + 3)
+            if (right := pairs.is_right(look, number)) is not None:
+                _write(pen, at, ["✓" if right else "✗"], LIGHT.right if right else LIGHT.wrong, bold=True)
+                at = (at[0] + 18, at[1])
+            words = _wrapped(f"{name}  {pairs.label(look, number)}", _font(), size[0] + left - at[0], lines=1)
+            _write(pen, at, words, LIGHT.soft)
     _write(pen, (margin, top), caption, LIGHT.soft)
     write_whole(path, png_bytes(sheet, {SHEET_CHUNK: "before and after"}))
-
-
-def score_text(look: Evidence, number: int) -> str:
-    """The reward of one picture and what the first judge gave it, as far as they are known."""
-    names = ["reward", *look.main_judges[:1]]  # there is no room for more under a picture
-    known = [look.per_prompt.get(name, ()) for name in names]
-    reward, *judged = [f"{values[number]:.4g}" if number < len(values) else "" for values in known]
-    return " · ".join(filter(None, (reward, *(f"judge {value}" for value in judged if value))))
 
 
 def _cell(height: int, width: int) -> tuple[int, int]:

@@ -25,6 +25,8 @@ from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, write_whole
 from alignprop_pipe.loss import best_of
+from alignprop_pipe.pairs import caption as pairs_caption
+from alignprop_pipe.pairs import is_right, label, shown_pairs
 from alignprop_pipe.records import Change, Evidence, StepRecord
 from alignprop_pipe.sources import exists, is_folder
 from alignprop_pipe.summary import warnings_of
@@ -226,7 +228,7 @@ class RunFolder:
         pairs: list[report.Pair] = []
         caption = ""
         if before is not None and after is not None:
-            pairs, caption = _pairs(before, after), drawings.sheet_caption(before, after)
+            pairs, caption = _pairs(before, after), pairs_caption(before, after)
         return report.RunSummary(
             folder=str(self.path),
             about=self.about,
@@ -375,12 +377,18 @@ def _pairs(before: Evidence, after: Evidence) -> list[report.Pair]:
             prompt=before.prompts[number],
             before=drawings.thumbnail(before.images[number]),
             after=drawings.thumbnail(after.images[number]),
-            before_label=drawings.score_text(before, number),
-            after_label=drawings.score_text(after, number),
+            before_label=_marked(before, number),
+            after_label=_marked(after, number),
             small=max(before.images.shape[-2:]) <= drawings.SMALL,
         )
-        for number in drawings.shown_prompts(len(before.prompts))
+        for number in shown_pairs(before, after)
     ]
+
+
+def _marked(look: Evidence, number: int) -> str:
+    right = is_right(look, number)
+    mark = "" if right is None else "✓ " if right else "✗ "
+    return mark + label(look, number)
 
 
 def _plain(value: Any) -> Any:

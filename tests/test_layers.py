@@ -66,6 +66,7 @@ LAYERS = {
     "model_layers": 2.1,
     "naming": 2.2,
     "export_header": 2,
+    "pairs": 1.5,
     "drawings": 2,
     "report": 2,
     "rollout": 3,

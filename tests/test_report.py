@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_runs import look, new_run, record
 
-from alignprop_pipe import drawings
-from alignprop_pipe.records import Change
+from alignprop_pipe import drawings, pairs
+from alignprop_pipe.records import Change, Evidence
 from alignprop_pipe.report import summary_sentences
 
 NASTY = "<script>alert(\"x\")</script> & '$title ${command}' <img src=http://a.b/c onerror=x>"
@@ -171,13 +171,45 @@ def test_smoothing_stays_within_the_values(values, window):
     assert drawings.smoothed([1.0, math.nan, 3.0], 3) == [1.0, 2.0, 3.0]
 
 
+def judged(*right: float, judge: str = "judge") -> Evidence:
+    """A look at as many prompts, each with what the judge says of its picture."""
+    prompts = tuple(f"prompt {number}" for number in range(len(right)))
+    scores = {"reward": tuple(0.1 * number for number in range(len(right))), judge: right}
+    return dataclasses.replace(
+        look(0, images=False), prompts=prompts, judges={judge: 0.5}, judge_names=(judge,), per_prompt=scores
+    )
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=200))
+def test_pairs_of_every_kind_are_shown(verdicts):
+    before, after = (judged(*side) for side in zip(*verdicts, strict=True))
+    shown = pairs.shown_pairs(before, after)
+    assert len(set(shown)) == len(shown) == min(12, len(verdicts))
+    for way, least in ((1, 8), (0, 2), (-1, 2)):
+        kind = {number for number, (then, now) in enumerate(verdicts) if now - then == way}
+        assert len(kind & {*shown}) >= min(least, len(kind))
+        if len(verdicts) > 12:
+            assert f"{len(kind)} {['stayed as it was', 'became right', 'became wrong'][way]}" in pairs.caption(
+                before, after
+            )
+
+
 @given(st.integers(1, 500))
-def test_shown_prompts_are_spread_over_the_list(count):
-    chosen = drawings.shown_prompts(count)
+def test_without_right_and_wrong_pairs_are_spread_over_the_list(count):
+    values = judged(*(0.3 for _ in range(count)))
+    chosen = pairs.shown_pairs(values, values)
     assert len(chosen) == min(count, 12)
     assert chosen[0] == 0
     gaps = {after - before for before, after in zip(chosen, [*chosen[1:], count], strict=True)}
     assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_picture_says_what_is_known_of_it():
+    assert [pairs.is_right(judged(0.0, 1.0), number) for number in (0, 1, 2)] == [False, True, None]
+    assert pairs.label(judged(0.0, 1.0), 1) == "0.1"  # the judge's word is the mark
+    assert pairs.label(judged(0.25, 1.0), 1) == "0.1 · judge 1"
+    assert pairs.is_right(judged(0.25, 1.0), 1) is None
+    assert "the judge likes_dogs says" in pairs.caption(*[judged(0.0, 1.0, judge="likes_dogs")] * 2)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (100, 300), (700, 512)])
