@@ -12,7 +12,7 @@ from alignprop_pipe.records import Evidence
 SHOWN = 12
 """Pairs of pictures that are shown; the run folder's samples/ has all of them."""
 
-KINDS = {"became right": 8, "stayed as it was": 2, "became wrong": 2}
+KINDS = {"became right": 8, "stayed the same": 2, "became wrong": 2}
 """How many pairs of each kind are shown, where there are as many; other kinds take the places that are left."""
 
 
@@ -71,7 +71,7 @@ def _by_kind(before: Evidence, after: Evidence) -> dict[str, list[int]] | None:
     if verdicts[0] is None or verdicts[1] is None or len(verdicts[0]) != len(verdicts[1]):
         return None
     changes = [now - then for then, now in zip(*verdicts, strict=True)]
-    wanted = {"became right": 1, "stayed as it was": 0, "became wrong": -1}
+    wanted = {"became right": 1, "stayed the same": 0, "became wrong": -1}
     return {kind: [n for n, change in enumerate(changes) if change == way] for kind, way in wanted.items()}
 
 

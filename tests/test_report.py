@@ -189,7 +189,7 @@ def test_pairs_of_every_kind_are_shown(verdicts):
         kind = {number for number, (then, now) in enumerate(verdicts) if now - then == way}
         assert len(kind & {*shown}) >= min(least, len(kind))
         if len(verdicts) > 12:
-            assert f"{len(kind)} {['stayed as it was', 'became right', 'became wrong'][way]}" in pairs.caption(
+            assert f"{len(kind)} {['stayed the same', 'became right', 'became wrong'][way]}" in pairs.caption(
                 before, after
             )
 
