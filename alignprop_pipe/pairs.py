@@ -67,10 +67,10 @@ def _verdicts(look: Evidence) -> Sequence[float] | None:
 
 
 def _by_kind(before: Evidence, after: Evidence) -> dict[str, list[int]] | None:
-    verdicts = _verdicts(before), _verdicts(after)
-    if verdicts[0] is None or verdicts[1] is None or len(verdicts[0]) != len(verdicts[1]):
+    first, last = _verdicts(before), _verdicts(after)
+    if first is None or last is None or len(first) != len(last):
         return None
-    changes = [now - then for then, now in zip(*verdicts, strict=True)]
+    changes = [now - then for then, now in zip(first, last, strict=True)]
     wanted = {"became right": 1, "stayed the same": 0, "became wrong": -1}
     return {kind: [n for n, change in enumerate(changes) if change == way] for kind, way in wanted.items()}
 

@@ -98,7 +98,7 @@ class Previews:
     def on_step(self, record: StepRecord) -> None:
         if record.images is None or not in_notebook():
             return
-        from IPython.display import display
+        from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
 
         sheet = make_grid([enlarged(drawings.picture(image)) for image in record.images])
         if self._place is None:

@@ -108,11 +108,11 @@ class StepClock:
         """The scheduler, or a copy of it, has made `latents` of what the denoiser said."""
         self.start()
         self.has_stepped, self.carries_gradient = True, latents.requires_grad
-        if self.config.optimizer.max_grad_growth is not None and latents.requires_grad:
-            latents.register_hook(self.with_growth_limited)
+        if (growth := self.config.optimizer.max_grad_growth) is not None and latents.requires_grad:
+            latents.register_hook(functools.partial(self.limited, growth))
 
-    def with_growth_limited(self, gradient: Tensor) -> Tensor:
-        """The gradient of some step's latents, for each picture at most `max_grad_growth` times that of the last ones.
+    def limited(self, growth: float, gradient: Tensor) -> Tensor:
+        """The gradient of some step's latents, for each picture at most `growth` times that of the last ones.
 
         The backward pass comes to the finished latents first; where these pull at nothing, nothing is limited.
         """
@@ -121,7 +121,7 @@ class StepClock:
         )
         if self.norms_at_end is None or self.norms_at_end.shape != norms.shape:
             self.norms_at_end = norms
-        limits = self.config.optimizer.max_grad_growth * self.norms_at_end
+        limits = growth * self.norms_at_end
         scales = torch.where((norms > limits) & (limits > 0), limits / norms, 1.0)
         return gradient * scales.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
 

@@ -112,7 +112,8 @@ def test_the_original_unet_has_the_layers_of_a_whole_checkpoint(name: str) -> No
     """Every layer with its own number in it, by the names under which a checkpoint file is written."""
     small = {"block_out_channels": [32] * (4 if name == "v1" else 3), "transformer_layers_per_block": 1}
     small |= {"attention_head_dim": 8, "cross_attention_dim": 8, "projection_class_embeddings_input_dim": 8}
-    config: Any = {**diffusers.UNet2DConditionModel.load_config(str(CONFIGS / name / "unet")), **small}
+    stored: Any = diffusers.UNet2DConditionModel.load_config(str(CONFIGS / name / "unet"))
+    config: Any = {**stored, **small}
     unet: Any = diffusers.UNet2DConditionModel.from_config({key: v for key, v in config.items() if v is not None})
     for number, weight in enumerate(unet.parameters()):
         weight.data.fill_(number)
