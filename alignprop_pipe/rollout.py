@@ -119,9 +119,10 @@ class StepClock:
         norms = torch.linalg.vector_norm(
             gradient, dim=tuple(range(1, gradient.ndim)), dtype=torch.promote_types(gradient.dtype, torch.float32)
         )
-        if self.norms_at_end is None or self.norms_at_end.shape != norms.shape:
-            self.norms_at_end = norms
-        limits = growth * self.norms_at_end
+        at_end = self.norms_at_end
+        if at_end is None or at_end.shape != norms.shape:
+            at_end = self.norms_at_end = norms
+        limits = growth * at_end
         scales = torch.where((norms > limits) & (limits > 0), limits / norms, 1.0)
         return gradient * scales.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
 

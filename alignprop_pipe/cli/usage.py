@@ -40,7 +40,7 @@ class Commands(TyperGroup):
 
 def plain_words(error: typer.BadParameter) -> str:
     """The message of an error; one of pydantic's in words of ours."""
-    found = getattr(error.__cause__, "errors", None)
+    found: Any = getattr(error.__cause__, "errors", None)
     if not callable(found) or not (mistakes := found()):
         return error.message
     mistake: dict[str, Any] = mistakes[0]
