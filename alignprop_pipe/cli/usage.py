@@ -40,8 +40,8 @@ class Commands(TyperGroup):
 
 def plain_words(error: typer.BadParameter) -> str:
     """The message of an error; one of pydantic's in words of ours."""
-    found: Any = getattr(error.__cause__, "errors", None)
-    if not callable(found) or not (mistakes := found()):
+    mistakes: Any = getattr(error.__cause__, "errors", list)()
+    if not mistakes:
         return error.message
     mistake: dict[str, Any] = mistakes[0]
     came = str(mistake["input"])
