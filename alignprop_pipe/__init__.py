@@ -4,6 +4,7 @@ The public names are those of `_HOME`. Each is loaded when it is first asked for
 and needs neither torch nor ComfyUI.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
     from alignprop_pipe.trackers import Trackers as Trackers
 
 __version__ = "0.1.0"
+
+# We name no image processor by its class, so transformers' hint to write the class otherwise is not for our users.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision (not installed)" not in record.getMessage()
+)
 
 _HOME = {
     "AlignPropPipeline": "alignprop_pipe.pipeline",

@@ -87,3 +87,9 @@ def test_the_first_command_shortened(tmp_path: Path) -> None:
     stock = DiffusionPipeline.from_pretrained(bundled_path("emoji"))
     stock.load_lora_weights(str(tmp_path / "run"), weight_name="adapter-comfyui.safetensors")
     assert stock.get_list_adapters()["unet"]
+
+
+def test_opening_it_says_nothing_of_what_other_libraries_lack() -> None:
+    code = "from alignprop_pipe import AlignPropPipeline; AlignPropPipeline.from_pretrained('emoji')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stdout + done.stderr
