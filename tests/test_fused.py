@@ -256,7 +256,7 @@ def on(pipe: Any, total: Sum, _folder: Path) -> None:
 STEPS: tuple[Step, ...] = (run, load, save, fuse, fuse_half, unfuse, unload, style_alone, both, delete, off, on)
 LENGTH = 2
 """Of the orders that are all gone through; 3 takes minutes and held too."""
-LONG = [random.Random(number).choices(STEPS, k=6) for number in range(40)]
+LONG = [random.Random(number).choices(STEPS, k=6) for number in range(12)]
 
 
 def follow(pipe: Any, total: Sum, steps: Sequence[Step], folder: Path) -> None:
