@@ -653,10 +653,13 @@ def give_up(session: Session, error: BaseException) -> None:
     is_writing = isinstance(error, RunError) and session.steps > 0
     stays_on = session.steps > 0 and isinstance(error, RunError | KeyboardInterrupt)
     try:
-        if not session.steps:
-            return
         interrupted = isinstance(error, KeyboardInterrupt)
-        how = "interrupted while it was saved" if interrupted else f"failed: {error or type(error).__name__}"
+        how = f"failed: {str(error) or type(error).__name__}"
+        if not session.steps:
+            if session.run is not None and not isinstance(error, RunError):
+                session.run.finish(status="interrupted before the first step" if interrupted else how)
+            return
+        how = "interrupted while it was saved" if interrupted else how
         result = vars(error)["result"] = result_of(session, how, interrupted=interrupted)
         if session.run is not None:
             try:

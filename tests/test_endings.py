@@ -320,6 +320,19 @@ def test_a_reward_that_turns_nan_late_fails_without_looks_too() -> None:
     assert result.history[-1].skipped
 
 
+def test_a_run_that_fails_at_its_first_look_says_so_in_its_folder(tmp_path: Path) -> None:
+    def breaks(_scores: Tensor) -> Tensor:
+        raise RuntimeError("no luck")
+
+    pipe = aligned()
+    with pytest.raises(RuntimeError, match="no luck"):
+        align(pipe, Counted({1: breaks}), steps=2, out=tmp_path / "run", **LOOKED)
+    about = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert (about["result"]["status"], about["result"]["steps"]) == ("failed: no luck", 0)
+    assert "failed: no luck" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert is_stock(pipe)
+
+
 def test_a_model_that_draws_no_numbers_is_refused_before_it_trains() -> None:
     pipe = aligned()
     with torch.no_grad():
