@@ -44,11 +44,17 @@ class TwoTowers(NetworkReward):
         said = torch.stack([self._text(network, prompt, images.dtype) for prompt in prompts]).to(seen)
         return self.factor * (seen * said).sum(dim=-1)
 
+    def clean(self, prompt: str) -> str:
+        """The prompt as the tokenizer gets it."""
+        return prompt
+
     def _text(self, network: Any, prompt: str, dtype: torch.dtype) -> Tensor:
         """The embedding of one prompt. Each is computed alone, so that it does not depend on its neighbours."""
         key = (prompt, network.dtype)
         if key not in self._texts:
-            tokens = text_inputs(self.tokenizer, network.config, prompt)
+            text = self.clean(prompt)
+            self.tell_if_cut(self.tokenizer, text, network.config.text_config.max_position_embeddings)
+            tokens = text_inputs(self.tokenizer, network.config, text)
             features = network.get_text_features(**{name: ids.to(network.device) for name, ids in tokens.items()})
             if len(self._texts) >= KEPT_PROMPTS:
                 del self._texts[next(iter(self._texts))]

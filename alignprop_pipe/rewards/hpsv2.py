@@ -11,7 +11,7 @@ from torch import nn
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.rewards.clip import TwoTowers
-from alignprop_pipe.rewards.open_clip import clip_names
+from alignprop_pipe.rewards.open_clip import cleaned, clip_names
 from alignprop_pipe.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from alignprop_pipe.rewards.pretrained import load_config, load_tokenizer
 from alignprop_pipe.rewards.weights import check_fit, load_tensors, locate
@@ -70,6 +70,9 @@ class HpsV2(TwoTowers):
         side = config.vision_config.image_size
         self.preprocess = Preprocess(side, None, CLIP_MEAN, CLIP_STD, letterbox=True)
         return network
+
+    def clean(self, prompt: str) -> str:
+        return cleaned(prompt)  # as the authors' tokenizer, which is open_clip's
 
     def _also_needs(self) -> str:
         return (

@@ -4,6 +4,7 @@ Images [B, 3, H, W] in [0, 1]. The network is where the images are and computes 
 images. With `offload` it visits the images' device for one score at a time.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.weights import place_of
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +32,7 @@ class NetworkReward(Reward):
             is then computed at once, so that neither network nor activations wait for the backward pass.
     """
 
+    _has_told_of_a_cut = False
     sources: tuple[str, ...] = ()
     """The arguments that name folders, files or repositories on the Hub: looked at before anything is loaded."""
 
@@ -77,6 +81,23 @@ class NetworkReward(Reward):
             self._network = self.load().eval().requires_grad_(False)
         dtype = torch.float64 if images.dtype == torch.float64 else DTYPES[self.dtype]
         return self._network.to(images.device, dtype)
+
+    def tell_if_cut(self, tokenizer: Any, text: str, longest: int) -> None:
+        """Say, of the first prompt that is longer than the network reads, how much of it is read."""
+        if self._has_told_of_a_cut or len(text) < longest:  # no token is shorter than a letter
+            return
+        count = len(tokenizer(text, verbose=False).input_ids)
+        if count > longest:
+            self._has_told_of_a_cut = True
+            shown = text if len(text) <= 60 else f"{text[:59]}…"
+            logger.warning(
+                "the reward %s reads the first %d of the %d tokens of the prompt %r, and no more of any other; what is "
+                "cut off changes no score",
+                self.name,
+                longest,
+                count,
+                shown,
+            )
 
     def to(self, device: torch.device | str) -> "Reward":
         """Move the network, if it is loaded, unless it is offloaded."""

@@ -1,5 +1,6 @@
-"""Weights of a CLIP by the names of OpenAI's and open_clip's code -> the names of transformers' CLIPModel."""
+"""What open_clip does otherwise than transformers: the names of a CLIP's weights, and the cleaning of texts."""
 
+import html
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -59,3 +60,14 @@ def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
         return {name: tensor}
     parts = zip("qkv", tensor.chunk(3), strict=True)  # query, key and value are one matrix there
     return {f"{layer}.self_attn.{part}_proj.{kind}": piece.contiguous() for part, piece in parts}
+
+
+def cleaned(text: str) -> str:
+    """A text as open_clip's tokenizer cleans it before it splits it into tokens (`SimpleTokenizer`, as OpenAI's CLIP).
+
+    Broken Unicode, ligatures, wide letters and curly quotes are mended by ftfy, HTML's names of characters are
+    resolved, twice, and blanks joined; lower case. The tokenizers of transformers do not do the first two.
+    """
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
