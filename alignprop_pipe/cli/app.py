@@ -57,7 +57,7 @@ alignprop train                                     [dim]# the bundled model, 3 
 
 alignprop train --reward jpeg --steps 20 --out runs/blocky
 
-alignprop train stable-diffusion-v1-5/stable-diffusion-v1-5 --reward clip --prompts animals --preset fast
+alignprop train stable-diffusion-v1-5/stable-diffusion-v1-5 --reward hpsv2.1 --prompts animals --preset fast
 
 alignprop train MODEL --reward my_reward.py:score --prompts prompts.txt --dry-run
 

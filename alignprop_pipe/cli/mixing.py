@@ -36,7 +36,7 @@ alignprop mix a.safetensors=1 b.safetensors=-0.5 --out a-less-b.safetensors --ra
 
 alignprop mix runs/foxes runs/colour --sweep 0:1:0.25 --out row.png      [dim]# pictures from one to the other[/]
 
-alignprop mix runs/foxes --sweep 0:1.5:0.5 --prompt "a fox" --reward clip --out strength.png"""
+alignprop mix runs/foxes --sweep 0:1.5:0.5 --prompt "a fox" --reward aesthetic --out strength.png"""
 
 PROMPTS = 3
 """Rows of a sweep of the bundled model where no prompt is given."""
@@ -317,7 +317,7 @@ def _tell_columns(columns: "Sequence[Column]", names: Sequence[str], output: con
         output.say(f"weights, and the mean score of {prompts} from the same noise")
         output.table("", heads, rows, numbers=range(len(heads)))
     else:
-        output.say("no score: name a reward with --reward, for example --reward clip (list: alignprop rewards)")
+        output.say("no score: name a reward with --reward, for example --reward hpsv2.1 (list: alignprop rewards)")
 
 
 def _means(column: "Column") -> dict[str, float]:

@@ -231,8 +231,8 @@ def _reward(
     if problems.found and request.config is not None and file.path is None:
         return None  # what the file says is not known
     raise typer.BadParameter(
-        f"what should pictures of {model!r} be scored by? Give --reward, for example --reward clip "
-        "(list: alignprop rewards)",
+        f"what should pictures of {model!r} be scored by? Give --reward, for example --reward "
+        "hpsv2.1, or --reward 'clip(model=\"openai/clip-vit-large-patch14\")' (list: alignprop rewards)",
         param_hint="--reward",
     )
 

@@ -127,7 +127,7 @@ def _check(request: ScoreRequest) -> None:
     wrong = typer.BadParameter
     if not request.reward:
         raise wrong(
-            "what should the pictures be scored by? For example --reward clip (list: alignprop rewards)",
+            "what should the pictures be scored by? For example --reward hpsv2.1 (list: alignprop rewards)",
             param_hint="--reward",
         )
     if request.prompt is not None and request.prompts is not None:
