@@ -221,6 +221,7 @@ class RunFolder:
         self._draw_curve()
         path = self.path / "report.html"
         report.write_report_html(self._summary(named, status), path)
+        _point_latest(self.path)
         return path
 
     def _summary(self, changes: Mapping[str, Change], status: str) -> report.RunSummary:
@@ -359,6 +360,17 @@ def _given_folder(out: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise RunError(f"run folder {str(out)!r} cannot be made: {error}; {way_out}") from error
     return path
+
+
+def _point_latest(run: Path) -> None:
+    """`runs/latest` is a link to the newest run in there; no such link where the system makes none."""
+    link = run.absolute().parent / "latest"
+    if link.parent.name != "runs" or link.name == run.name or (link.exists() and not link.is_symlink()):
+        return
+    fresh = link.with_name(f".latest-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        fresh.symlink_to(run.name, target_is_directory=True)
+        fresh.replace(link)
 
 
 def _now() -> str:

@@ -391,3 +391,21 @@ def test_a_folder_that_vanished_is_said(tmp_path):
         run.append(record(1))
     with pytest.raises(RunError):
         run.finish()
+
+
+def test_latest_points_to_the_last_run_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (new_run(tmp_path / "runs" / name) for name in ("first", "second"))
+    for run in (first, second, first):
+        run.finish()
+        assert (tmp_path / "runs" / "latest").resolve() == run.path.resolve()
+    assert not (tmp_path / "runs" / "latest").readlink().is_absolute()  # the folder may be moved
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"first", "second", "latest"}
+
+
+def test_latest_is_a_link_of_ours_or_left_alone(tmp_path):
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    new_run(tmp_path / "runs" / "run").finish()
+    assert not (tmp_path / "runs" / "latest").is_symlink()
+    new_run(tmp_path / "elsewhere").finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "elsewhere"}
