@@ -121,7 +121,8 @@ def _linear_layers(network: nn.Module) -> Iterator[str]:
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
     """Not `to_out` and `ff.net`, whose members are layers, so that their numbers are names."""
-    return isinstance(module, nn.ModuleList) and all(any(True for _ in member.children()) for member in module)
+    members = [member for member in module if member is not None] if isinstance(module, nn.ModuleList) else []
+    return bool(members) and all(any(True for _ in member.children()) for member in members)
 
 
 def _open(path: str, numbered: set[str]) -> str:

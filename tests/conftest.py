@@ -1,7 +1,10 @@
 """How every test runs: offline, on one thread, without windows or progress bars; hypothesis the same each time."""
 
+import logging
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -25,6 +28,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadline: a loaded machine is not a bug. Derandomized: a green run stays green until the code changes.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _talks_as_before() -> Iterator[None]:
+    """A command that ran in this process has set up our logger and the libraries' bars for a terminal."""
+    ours = logging.getLogger("alignprop_pipe")
+    handlers, level, propagate = ours.handlers, ours.level, ours.propagate
+    yield
+    ours.handlers, ours.propagate = handlers, propagate
+    ours.setLevel(level)
+    for library in ("diffusers.utils.logging", "transformers.utils.logging"):
+        if library in sys.modules:
+            sys.modules[library]._tqdm_active = True
 
 
 @pytest.fixture

@@ -370,8 +370,8 @@ def _scalars(path: Path) -> None:
 DAMAGES = {
     _missing: "no adapter file",
     _truncated: "copy or download it again",
-    _empty: "copy or download it again",
-    _text: "copy or download it again",
+    _empty: "it has no bytes",
+    _text: "it is a web page",
     _pickle: "safetensors",
     _other_model: "load it into StableDiffusionXLPipeline",
     _no_layers: "load it into",

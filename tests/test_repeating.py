@@ -73,7 +73,7 @@ def pasted(command: str, folder: Path) -> Path:
     line = f'alignprop() {{ "$PY" -m alignprop_pipe "$@"; }}; {command}'
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (made,) = (folder / "runs").iterdir()
+    (made,) = [path for path in (folder / "runs").iterdir() if not path.is_symlink()]
     return made
 
 
@@ -82,7 +82,7 @@ def typed(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     done = run(*shlex.split(command)[1:])
     assert done.exit_code == 0, done.output
-    (made,) = (folder / "runs").iterdir()
+    (made,) = [path for path in (folder / "runs").iterdir() if not path.is_symlink()]
     return made
 
 

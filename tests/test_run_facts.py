@@ -76,7 +76,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("[" * 100_000, "not JSON"),
         ('{"a":' * 100_000, "not JSON"),
         ("", "not JSON"),
-        ("\0", "not JSON"),
+        ("\0", "zero byte"),
         (json.dumps(WHOLE | {"format": 99}), "newer version"),
         (json.dumps(WHOLE | {"format": "x"}), "format = 'x': 1 is needed"),
         (json.dumps(WHOLE | {"config": [1]}), "config = [1]: a table of settings"),
