@@ -76,23 +76,24 @@ class Objective:
 
 
 OBJECTIVES = {
-    "alignment": Objective("smooth(clip)", "pictures of what the prompt says", RIGHT),
+    "alignment": Objective("clip", "pictures of what the prompt says", RIGHT),
     "aesthetics": Objective(
-        "smooth(clip) + clip_above(colour, 0.5)",
-        "more colour, up to 0.5 and no further: colourfulness after Hasler and Süsstrunk, a stand-in for `aesthetic`, "
+        "smooth(clip) + 3*clip_above(colour, 0.46)",
+        "more colour, up to 0.46 and no further: colourfulness after Hasler and Süsstrunk, a stand-in for `aesthetic`, "
         "whose network reads photographs",
         {"colour": "colourfulness, 0 to 1"} | RIGHT,
         too_far="colour",
+        steps=40,
     ),
     "compressibility": Objective(
         "smooth(clip) + 10*clip_above(jpeg, -0.02)",
-        "pictures that make small files, of about 1 kB and no smaller",
+        "pictures that make smaller files",
         FILE_SIZE | RIGHT,
         too_far="jpeg",
     ),
     "incompressibility": Objective(
         "smooth(clip) + 10*clip_above(-jpeg, 0.065)",
-        "pictures full of detail, which make large files, and no larger than that",
+        "pictures full of detail, which make larger files",
         FILE_SIZE | RIGHT,
         too_far="-jpeg",
     ),
@@ -100,7 +101,7 @@ OBJECTIVES = {
     "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT, steps=40, held_out=100),
     "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
     "removal": Objective(
-        'clip_above(without("dog"), -0.1) + contains("cat")',
+        'clip_above(without("dog"), -0.1) + clip_above(contains("cat"), -0.1)',
         "no dogs, though every prompt asks for some, and cats in their place",
         {"judge_sees_dog": "dogs, by the judge", "emoji_judge": "number and background right, by the judge"},
         too_far='without("dog")',
@@ -108,11 +109,6 @@ OBJECTIVES = {
         watched=(f"{HERE_IS}:SeesDog", *WATCHED),
     ),
     "alignment-compressibility": Objective("zscore(clip) + 0.5*zscore(jpeg)", "both, on one scale", FILE_SIZE | RIGHT),
-    "alignment-colour": Objective(
-        "softmin(zscore(clip), zscore(colour))",
-        "both at once: a picture is about as good as its worse side",
-        {"colour": "colourfulness, 0 to 1"} | RIGHT,
-    ),
 }
 
 
@@ -187,13 +183,15 @@ python examples/objectives/objectives.py count
 alignprop train --reward count --steps 40     # the same on the command line
 ```
 
-{steps} steps of twelve pictures and {held_out} held-out prompts with the same noise before and after (`count`: 40 steps
-and 100 prompts); seeds {seeds}. This page is written by the script from results.json. A run took {low} to {high}
+{steps} steps of twelve pictures (`aesthetics` and `count`: 40) and {held_out} held-out prompts with the same noise before
+and after (`count`: 100); seeds {seeds}, or the first alone. `alignment`, `count`, `presence` and
+`alignment-compressibility` were measured with an earlier preset, of the attention layers alone. This page is written by the script from results.json. A run took {low} to {high}
 seconds on two cores. The judge, which no training sees, says what share of the pictures shows what it should.
 
 A reward that says nothing of what the picture shows is followed too far sooner or later. So such an objective has a
 stopping point (`clip_above`: good enough, no further) and something beside it that keeps the pictures; what the reward
-alone does in the same number of steps stands below it as the warning.
+alone does in the same number of steps stands below it as the warning. `removal` has no such balance yet: the dogs are
+gone, but so is the number, and files become a tenth smaller where three tenths are wanted.
 """
 
 
