@@ -183,10 +183,11 @@ python examples/objectives/objectives.py count
 alignprop train --reward count --steps 40     # the same on the command line
 ```
 
-{steps} steps of twelve pictures (`aesthetics` and `count`: 40) and {held_out} held-out prompts with the same noise before
-and after (`count`: 100); seeds {seeds}, or the first alone. `alignment`, `count`, `presence` and
-`alignment-compressibility` were measured with an earlier preset, of the attention layers alone. This page is written by the script from results.json. A run took {low} to {high}
-seconds on two cores. The judge, which no training sees, says what share of the pictures shows what it should.
+{steps} steps of twelve pictures (`aesthetics` and `count`: 40) and {held_out} held-out prompts with the same noise
+before and after (`count`: 100); seeds {seeds}, or the first alone. `alignment`, `count`, `presence` and
+`alignment-compressibility` were measured with an earlier preset, of the attention layers alone. This page is written by
+the script from results.json. A run took {low} to {high} seconds on two cores. The judge, which no training sees, says
+what share of the pictures shows what it should.
 
 A reward that says nothing of what the picture shows is followed too far sooner or later. So such an objective has a
 stopping point (`clip_above`: good enough, no further) and something beside it that keeps the pictures; what the reward
