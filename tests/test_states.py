@@ -169,7 +169,7 @@ FLUX: dict[str, State] = {
     "attention backend": lambda pipe: pipe.transformer.set_attention_backend("_native_math"),
     "gradient checkpointing": lambda pipe: pipe.transformer.enable_gradient_checkpointing(),
 }
-SLOW = ("compiled forward",)  # minutes of tracing on a busy machine; its kind is in "compiled blocks" too
+SLOW = ("compiled forward", "compiled decode", "compiled text encoder")  # tracing; "compiled blocks" is of their kind
 EXACT = [
     pytest.param(make, name, prepare, id=f"{make.__name__}-{name}", marks=[pytest.mark.slow] if name in SLOW else [])
     for make, states in ((miniatures.sd15, UNET), (miniatures.flux, FLUX))
