@@ -40,6 +40,11 @@ OWN = "alignprop_pipe."
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MEASURED_FOR = 0.3
 """Seconds for which is looked how busy the cores are."""
+CPU_LIMITS = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+"""Files that say how many microseconds of a period a container may use all cores together."""
 MOST = 1_000_000
 """Of steps, and of whatever else a scheduler counts: it makes tables of that length."""
 
@@ -137,9 +142,22 @@ def free_threads() -> int:
     usual = torch.get_num_threads()
     if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         return usual
-    busy = psutil.cpu_percent(interval=MEASURED_FOR) / 100 * (psutil.cpu_count() or usual)
-    free = (psutil.cpu_count() or usual) - busy
-    return max(1, min(usual, round(free)))
+    busy = psutil.cpu_percent(interval=MEASURED_FOR, percpu=True)
+    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    free = sum(1 - busy[core] / 100 for core in ours if core < len(busy))
+    return max(1, math.floor(min(usual, round(free), granted_cores())))
+
+
+def granted_cores() -> float:
+    """As many cores' time as the container's control group grants; infinite where it grants all."""
+    for files in CPU_LIMITS:
+        try:
+            quota, period = " ".join(Path(file).read_text() for file in files).split()
+            if float(quota) > 0:
+                return max(1.0, float(quota) / float(period))
+        except (OSError, ValueError):  # no such file, or "max" for no limit
+            continue
+    return math.inf
 
 
 def encoded(value: Any) -> Any:

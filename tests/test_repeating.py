@@ -244,13 +244,38 @@ def test_other_values_are_described(value: Any, words: str) -> None:
         repeating.decoded("x", repeating.encoded(value))
 
 
-@pytest.mark.parametrize(("busy", "expected"), [(0.0, 4), (50.0, 2), (100.0, 1)])
-def test_a_run_takes_as_many_threads_as_find_a_free_core(monkeypatch, busy: float, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("busy", "ours", "limit", "expected"),
+    [
+        ([0.0] * 4, {0, 1, 2, 3}, "max 100000", 4),
+        ([50.0] * 4, {0, 1, 2, 3}, "max 100000", 2),
+        ([100.0] * 4, {0, 1, 2, 3}, "max 100000", 1),
+        ([0.0] * 4, {1, 2}, "max 100000", 2),  # taskset, or a scheduler of jobs
+        ([0.0, 100.0, 100.0, 0.0], {1, 2, 3}, "max 100000", 1),  # the free core 0 is not ours
+        ([0.0] * 4, {0, 1, 2, 3}, "250000 100000", 2),  # a container that may use two and a half cores
+        ([0.0] * 4, {0, 1, 2, 3}, "50000 100000", 1),
+        ([0.0] * 4, {0, 1, 2, 3}, "no limit", 4),
+    ],
+)
+def test_a_run_takes_as_many_threads_as_find_a_free_core(
+    monkeypatch, tmp_path: Path, busy: list[float], ours: set[int], limit: str, expected: int
+) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(repeating.psutil, "cpu_count", lambda: 4)
-    monkeypatch.setattr(repeating.psutil, "cpu_percent", lambda interval: busy)
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    monkeypatch.setattr(repeating, "CPU_LIMITS", ((str(tmp_path / "cpu.max"),),))
+    monkeypatch.setattr(repeating.os, "sched_getaffinity", lambda pid: ours, raising=False)
+    monkeypatch.setattr(repeating.psutil, "cpu_percent", lambda interval, percpu: busy)
     monkeypatch.setattr(repeating.torch, "get_num_threads", lambda: 4)
     assert repeating.free_threads() == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert repeating.free_threads() == 4
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("150000", 1.5), ("-1", float("inf"))])
+def test_the_older_control_groups_are_read_too(monkeypatch, tmp_path: Path, quota: str, expected: float) -> None:
+    (tmp_path / "quota").write_text(quota + "\n")
+    (tmp_path / "period").write_text("100000\n")
+    older = (str(tmp_path / "quota"), str(tmp_path / "period"))
+    monkeypatch.setattr(repeating, "CPU_LIMITS", ((str(tmp_path / "absent"),), older))
+    assert repeating.granted_cores() == expected
