@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, pipelines
@@ -62,7 +62,39 @@ MODEL_NEEDED = (
 )
 
 
-class AlignPropPipeline(DiffusionPipeline):
+if TYPE_CHECKING:
+    from diffusers.loaders.lora_base import LoraBaseMixin
+    from PIL import Image
+
+    class Drawn:
+        """What a call returns: pictures, or the frames of each video. As PIL has them, unless `output_type` says so."""
+
+        images: list[Image.Image]
+        frames: list[list[Image.Image]]
+
+    class Stock(LoraBaseMixin, DiffusionPipeline):
+        """What a type checker and an editor know of the stock class that is found when the model is loaded."""
+
+        unet: Any
+        transformer: Any
+        vae: Any
+        scheduler: Any
+        tokenizer: Any
+        text_encoder: Any
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Drawn: ...
+
+        def load_lora_weights(  # pyright: ignore[reportIncompatibleMethodOverride]  # the mixin's takes no file
+            self,
+            pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+            adapter_name: str | None = None,
+            **kwargs: Any,
+        ) -> None: ...
+else:
+    Stock = DiffusionPipeline
+
+
+class AlignPropPipeline(Stock):
     """Mixin that gives `align`, `save_adapter` and `load_adapter` to a stock pipeline class.
 
     Make one with `from_pretrained`, `from_pipe` or `from_single_file`; it is an instance of the stock class too.

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jedi
 import pytest
 
 import alignprop_pipe
@@ -73,3 +74,19 @@ def test_every_name_is_listed_once_and_seen_by_type_checkers() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'alignprop_pipe' has no attribute 'AlignPipeline'"):
         getattr(alignprop_pipe, "AlignPipeline")  # noqa: B009 - a type checker would see the plain form
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("pipe.", {"align", "save_adapter", "load_lora_weights", "set_adapters", "to", "components", "unet", "vae"}),
+        ('pipe("a fox").', {"images", "frames"}),
+        ('pipe("a fox").images[0].', {"save", "resize"}),
+        ('pipe.align("clip", ["a fox"]).', {"adapter", "history"}),
+    ],
+)
+@pytest.mark.parametrize("made", ['from_pretrained("a/model")', "from_pipe(None)", 'from_single_file("a.safetensors")'])
+def test_an_editor_completes_what_a_pipeline_and_its_pictures_have(made: str, code: str, names: set[str]) -> None:
+    script = f"from alignprop_pipe import AlignPropPipeline\npipe = AlignPropPipeline.{made}\n{code}"
+    project = jedi.Project(Path(alignprop_pipe.__file__).parents[1])
+    assert names <= {one.name for one in jedi.Script(script, project=project).complete()}
