@@ -49,7 +49,7 @@ alignprop train
 
 alignprop sample --adapter runs/my-run --compare
 
-alignprop train MODEL --reward "clip + 0.1*jpeg" --prompts prompts.txt --steps 100"""
+alignprop train MODEL --reward "hpsv2.1 + 0.1*jpeg" --prompts prompts.txt --steps 100"""
 
 TRAIN_EXAMPLES = """[bold]Examples[/]
 

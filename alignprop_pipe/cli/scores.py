@@ -25,7 +25,7 @@ SCORE_EXAMPLES = """[bold]Examples[/]
 
 alignprop score samples --reward clip               [dim]# prompts: from the files that 'alignprop sample' wrote[/]
 
-alignprop score *.jpg --reward "clip + 0.1*jpeg" --prompt "a fox in the snow" --csv scores.csv
+alignprop score *.jpg --reward "hpsv2.1 + 0.1*jpeg" --prompt "a fox in the snow" --csv scores.csv
 
 alignprop score samples --reward emoji_judge --prompts emoji
 
