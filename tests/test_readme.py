@@ -13,20 +13,30 @@ from alignprop_pipe.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+
+
+def code_blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of each block of code."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = code_blocks(README)
 NO_SOURCE = {"__pycache__", "models", "prompt_sets"}
 
 
-def shell_lines() -> list[str]:
+def shell_lines(blocks: list[tuple[str, str]] = BLOCKS) -> list[str]:
     """The command lines of all shell blocks, continued lines joined, prompts and comments gone."""
-    text = "\n".join(body for language, body in BLOCKS if language in ("bash", "sh", "console", "shell"))
+    text = "\n".join(body for language, body in blocks if language in ("bash", "sh", "console", "shell"))
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = (line.removeprefix("$ ").strip() for line in joined.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def alignprop_commands() -> list[list[str]]:
-    parts = (part for line in shell_lines() for part in re.split(r"\s*&&\s*", line))
+def alignprop_commands(blocks: list[tuple[str, str]] = BLOCKS) -> list[list[str]]:
+    """The words after `alignprop`; variables that are set before it are left out."""
+    lines = (re.sub(r"^([A-Z_]+=\S+ )+", "", line) for line in shell_lines(blocks))
+    parts = (part for line in lines for part in re.split(r"\s*&&\s*", line))
     words = [shlex.split(part, comments=True) for part in parts]
     return [command[1:] for command in words if command[:1] == ["alignprop"]]
 
@@ -41,7 +51,9 @@ def test_the_two_commands_come_first() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")  # typer hands over another class of context than the one to ask for
-@pytest.mark.parametrize("arguments", alignprop_commands(), ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", alignprop_commands() + alignprop_commands(code_blocks(TROUBLESHOOTING)), ids=" ".join
+)
 def test_every_command_parses(arguments: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     context = command.make_context("alignprop", list(arguments))
