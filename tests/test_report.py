@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from comfy_browser import CHROMIUM
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +18,15 @@ from alignprop_pipe.records import Change, Evidence
 from alignprop_pipe.report import summary_sentences
 
 NASTY = "<script>alert(\"x\")</script> & '$title ${command}' <img src=http://a.b/c onerror=x>"
+
+BEYOND = """() => [...document.querySelectorAll("body *")]
+    .filter(one => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+        || one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX !== "visible")
+    .map(one => one.tagName + " " + one.innerText.slice(0, 30))"""
+NARROW = """() => [...document.querySelectorAll("td, th, p, h1, h2, h3, figcaption, span")]
+    .filter(one => one.offsetParent && one.innerText.trim().length > 12 && one.getBoundingClientRect().width < 50)
+    .map(one => one.tagName + " " + one.innerText.slice(0, 30))"""
+"""Elements that go beyond the window or are cut; and those so narrow that words break letter by letter."""
 
 
 class Page(HTMLParser):
@@ -250,3 +260,19 @@ def test_on_a_phone_every_number_has_its_columns_name() -> None:
     made = _table(("score", "before <1>"), [("clip", "0.5")], numbers_from=1)
     assert '<td class="number" data-label="before &lt;1&gt;">0.5</td>' in made
     assert "data-label" not in _table(("", ""), [("torch", "2")])
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium; CHROMIUM names one")
+def test_in_a_browser_of_any_width_nothing_that_counts_is_cut(tmp_path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser")
+    names = ["reward", *(f"judge_{i}(siglip, model=google/siglip-so400m-patch14-384)" for i in range(12))]
+    report_of(tmp_path, changes=dict.fromkeys(names, (123456.789, -0.000123, 0.5, 0.1)))
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width in (400, 800, 1600):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.goto((tmp_path / "run" / "report.html").as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+            assert page.evaluate(BEYOND) == [], width
+            assert page.evaluate(NARROW) == [], width
+        browser.close()
