@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from alignprop_pipe import adapter_files, hub, strength, windows
+from alignprop_pipe import adapter_files, strength, windows
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.export_header import Base, base_of, carried, header_for
 from alignprop_pipe.export_keys import (
@@ -27,6 +27,9 @@ from alignprop_pipe.export_keys import (
 )
 from alignprop_pipe.factors import Factors, Layers
 from alignprop_pipe.files import write_whole
+from alignprop_pipe.layout import run_of
+from alignprop_pipe.records import Pushed
+from alignprop_pipe.resolve import local_file
 
 Format = Literal["diffusers", "comfyui", "kohya", "both"]
 COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
@@ -69,7 +72,7 @@ class Adapter(Mapping[str, Tensor]):
         Raises:
             AdapterError: the file is missing, damaged, a pickle, or holds something else than a LoRA.
         """
-        source = adapter_files.located(hub.local(path, revision))
+        source = adapter_files.located(local_file(path, revision))
         tensors, header = adapter_files.read_file(source, allow_pickle=allow_pickle)
         try:
             base = Base.of_file(tensors, header)
@@ -80,7 +83,7 @@ class Adapter(Mapping[str, Tensor]):
         if not layers:
             raise AdapterError(f"{source.name} is empty: it holds no LoRA")
         strength.tell_doubts(source.name, tensors, header)
-        return cls(layers, base, header, hub.run_of(source))
+        return cls(layers, base, header, run_of(source))
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, metadata: Mapping[str, str] | None = None) -> "Adapter":
@@ -141,13 +144,15 @@ class Adapter(Mapping[str, Tensor]):
         revision: str | None = None,
         create_pr: bool = False,
         dry_run: str | Path | None = None,
-    ) -> hub.Pushed:
+    ) -> Pushed:
         """Put it on the Hugging Face Hub as "me/name": both files, a card, and its run's evidence if that is known.
 
         Stock diffusers then loads it with `load_lora_weights("me/name")`. With `dry_run`, a folder, the files go there
         and nothing is sent. The other arguments are those of `hub.push`. Raises HubError.
         """
-        return hub.push(
+        from alignprop_pipe.hub import push  # the Hub's wing is above this one
+
+        return push(
             self, repo_id, private=private, token=token, revision=revision, create_pr=create_pr, dry_run=dry_run
         )
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from alignprop_pipe import file_kinds, strength
 from alignprop_pipe.adapter_keys import split_key
 from alignprop_pipe.errors import AdapterError
+from alignprop_pipe.layout import ADAPTER
 from alignprop_pipe.sources import adapter_in, hub_hint, is_file, is_folder
 
 MOST_HEADER = 100_000_000
@@ -109,7 +110,7 @@ def _in_folder(folder: Path) -> Path:
             f"{str(folder)!r} holds several adapters of PEFT: {', '.join(place.name for place in named[:5])}; name one "
             f"of these folders, such as {str(named[0])!r}"
         )
-    return folder / "adapter.safetensors"
+    return folder / ADAPTER
 
 
 def read_file(

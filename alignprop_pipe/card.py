@@ -11,10 +11,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from alignprop_pipe.card_facts import CONFIG, CURVE, METRICS, PAPER, PROJECT, SHEET, WEIGHTS, Facts
+from alignprop_pipe.card_facts import PAPER, PROJECT, Facts
 from alignprop_pipe.choices import Maximize, loss_from_text
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.escaping import cell, code, fenced, in_markdown, in_python, in_shell, link, visible
+from alignprop_pipe.layout import CONFIG, CURVE, HUB_WEIGHTS, METRICS, SHEET
 from alignprop_pipe.licences import HUB, overall
 from alignprop_pipe.records import Change, part_of
 from alignprop_pipe.summary import RunWarning, warnings_of
@@ -125,12 +126,12 @@ def _warnings(facts: Facts) -> str:
 
 
 def _usage(facts: Facts) -> str:
-    comfy = [name for name in facts.files if name.endswith(".safetensors") and name != WEIGHTS]
+    comfy = [name for name in facts.files if name.endswith(".safetensors") and name != HUB_WEIGHTS]
     model = facts.base or "MODEL"
     words = f"alignprop sample {in_shell(model)} {in_shell(_example(facts))} --adapter {in_shell(facts.repo_id)}"
     blocks = [
         f"## Use it\n\nIn diffusers:\n\n{fenced('python', _code_for_diffusers(facts))}",
-        f'Without a network (the file in the cache, `HF_HUB_OFFLINE=1`), add `weight_name="{WEIGHTS}"`.',
+        f'Without a network (the file in the cache, `HF_HUB_OFFLINE=1`), add `weight_name="{HUB_WEIGHTS}"`.',
     ]
     if comfy:
         each = "; it takes one such node for each of the two models" if len(comfy) > 1 else ""
@@ -272,7 +273,7 @@ def _licences(facts: Facts) -> str:
 
 def _files(facts: Facts) -> str:
     about = {
-        WEIGHTS: "the adapter, for diffusers and PEFT",
+        HUB_WEIGHTS: "the adapter, for diffusers and PEFT",
         CONFIG: "all settings, the versions of the libraries, the result",
         METRICS: "a line for each optimizer step, with every score of the evidence",
         CURVE: "reward and the scores of the evidence over the steps",

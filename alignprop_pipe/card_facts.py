@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from alignprop_pipe.bundled import MODELS
 from alignprop_pipe.licences import Licence, base_licence, reward_licences
@@ -15,10 +14,6 @@ from alignprop_pipe.records import Change, Evidence
 
 PROJECT = "alignprop-pipe"
 PAPER = "https://arxiv.org/abs/2310.03739"
-WEIGHTS = LORA_WEIGHT_NAME_SAFE
-"""The name by which `load_lora_weights("me/name")` finds its file among several."""
-
-CURVE, SHEET, METRICS, CONFIG = "curve.png", "before-after.png", "metrics.jsonl", "config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
-import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from alignprop_pipe import pairs
 from alignprop_pipe.escaping import one_line
 from alignprop_pipe.files import SHEET_CHUNK, write_whole
+from alignprop_pipe.images import png_bytes, to_pil
 from alignprop_pipe.records import Evidence, StepRecord
 
 SMALL = 128
@@ -59,29 +57,9 @@ DARK = Theme(
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
-    """A tensor in [0, 1] as a picture of 8 bits."""
-    pixels = image.detach().float().cpu().nan_to_num(0).clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """A picture as a tensor in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def png_bytes(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
-    """The picture as a PNG file, with `about` in its text chunks."""
-    buffer, chunks = io.BytesIO(), PngInfo()
-    for name, text in (about or {}).items():
-        chunks.add_text(name, text)
-    image.save(buffer, "PNG", pnginfo=chunks)
-    return buffer.getvalue()
-
-
 def thumbnail(image: Float[Tensor, "3 height width"]) -> bytes:
     """A file to put into a page: PNG for small pictures, JPEG of at most 384 pixels for others."""
-    shown = picture(image)
+    shown = to_pil(image)
     if max(shown.size) <= SMALL:
         return png_bytes(shown)
     shown.thumbnail((384, 384))
@@ -116,7 +94,7 @@ def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> No
             (x, "before", before, before.images[number]),
             (x + size[0] + gap, "after", after, after.images[number]),
         ):
-            sheet.paste(_scaled(picture(image), size), (left, y + head))
+            sheet.paste(_scaled(to_pil(image), size), (left, y + head))
             at = (left, y + head + size[1] + 3)
             if (right := pairs.is_right(look, number)) is not None:
                 _write(pen, at, ["✓" if right else "✗"], LIGHT.right if right else LIGHT.wrong, bold=True)

@@ -20,7 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from alignprop_pipe import adapter_files, hub, lora, stock, strength, windows
+from alignprop_pipe import adapter_files, lora, stock, strength, windows
 from alignprop_pipe.adapter import Adapter, Format
 from alignprop_pipe.choices import Window, window_from_text
 from alignprop_pipe.errors import AdapterError, ConfigError
@@ -28,6 +28,7 @@ from alignprop_pipe.export_header import Base, base_of
 from alignprop_pipe.export_header import describe as describe
 from alignprop_pipe.export_keys import Factors, Layers, common_shape, layers_from, misfit, named_for, networks
 from alignprop_pipe.lora import ADAPTER_NAME
+from alignprop_pipe.resolve import local_file
 from alignprop_pipe.seeds import SeededDraws
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def load_adapter(
     if isinstance(source, Adapter):
         layers, base, header, called = named_for(pipe, source.layers), source.base, source.metadata, "the adapter"
     else:
-        layers, base, header, called = _read(pipe, adapter_files.located(hub.local(source, revision)))
+        layers, base, header, called = _read(pipe, adapter_files.located(local_file(source, revision)))
     if reason := lora.obstacle(networks(pipe), layers):
         raise AdapterError(reason)
     _fitting(pipe, layers, base, called)

@@ -11,49 +11,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from alignprop_pipe import adapter_files
+from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.card import model_card
-from alignprop_pipe.card_facts import CONFIG, CURVE, METRICS, SHEET, WEIGHTS, Facts
+from alignprop_pipe.card_facts import Facts
 from alignprop_pipe.config import FIELD_PATHS, value_from
 from alignprop_pipe.config_fields import check
-from alignprop_pipe.drawings import SMALL, png_bytes
+from alignprop_pipe.drawings import SMALL
 from alignprop_pipe.errors import AlignError, ConfigError, HubError, RunError
 from alignprop_pipe.escaping import in_shell
-from alignprop_pipe.export_header import PROMPTS_SHOWN, Base, public_id
+from alignprop_pipe.export_header import PROMPTS_SHOWN, public_id
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
-from alignprop_pipe.loss import best_of
+from alignprop_pipe.images import png_bytes
+from alignprop_pipe.layout import ADAPTER, CONFIG, CURVE, HUB_WEIGHTS, METRICS, SHEET
 from alignprop_pipe.privacy import Private
 from alignprop_pipe.prompts import named_sets
 from alignprop_pipe.records import Change, Evidence, StepRecord, part_of
 from alignprop_pipe.runs import read_metrics
-from alignprop_pipe.summary import diversity_change, paired_change
+from alignprop_pipe.summary import best_of, diversity_change, paired_change
 
 WIDGETS = 4
 LARGEST = 768
 """Pixels of the longer side of a widget's picture."""
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What an `Adapter` has of itself; here by its shape, since the adapter knows how to be pushed."""
-
-    @property
-    def base(self) -> Base: ...
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
-    @property
-    def layers(self) -> Mapping[str, Mapping[str, Any]]: ...
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, float]]: ...
-    @property
-    def run_folder(self) -> Path | None: ...
-
-    def save(self, path: str | Path, *, format: Literal["diffusers", "comfyui"]) -> list[Path]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +98,7 @@ class Run:
         return sorted((self.folder / "samples" / when).glob("*.png"))
 
 
-def write_folder(target: Path, repo_id: str, source: Source, private: Private) -> dict[str, int]:
+def write_folder(target: Path, repo_id: str, source: Adapter, private: Private) -> dict[str, int]:
     """Fill the empty folder `target`; returns the names of the files and their sizes in bytes.
 
     Raises AdapterError; HubError: the run folder is none, or a file would still hold something private.
@@ -124,7 +108,7 @@ def write_folder(target: Path, repo_id: str, source: Source, private: Private) -
     _write_adapters(target, name, source, private)
     widgets: list[tuple[str, str]] = []
     if run is not None:
-        _check_weights(target / WEIGHTS, run.folder / "adapter.safetensors")
+        _check_weights(target / HUB_WEIGHTS, run.folder / ADAPTER)
         run = replace(run, about=public_about(run, source))
         write_whole(target / CONFIG, json.dumps(run.about, indent=2, ensure_ascii=False) + "\n")
         if run.lines:
@@ -133,7 +117,8 @@ def write_folder(target: Path, repo_id: str, source: Source, private: Private) -
             if (run.folder / drawing).is_file():
                 write_whole(target / drawing, _redone(run.folder / drawing, {SHEET_CHUNK: chunk}))
         widgets = list(_write_widgets(target / "images", run, private))
-    files = [WEIGHTS, *sorted(path.name for path in target.iterdir() if path.is_file() and path.name != WEIGHTS)]
+    names = {path.name for path in target.iterdir() if path.is_file()}
+    files = [HUB_WEIGHTS, *sorted(names - {HUB_WEIGHTS})]
     facts = facts_of(repo_id, source, run, private)
     card = model_card(replace(facts, files=tuple(files), widgets=tuple(widgets)))
     write_whole(target / "README.md", str(card))
@@ -144,7 +129,7 @@ def write_folder(target: Path, repo_id: str, source: Source, private: Private) -
     return {file: path.stat().st_size for file, path in written.items()}
 
 
-def facts_of(repo_id: str, source: Source, run: Run | None, private: Private) -> Facts:
+def facts_of(repo_id: str, source: Adapter, run: Run | None, private: Private) -> Facts:
     """The card's facts from the adapter's header, and from its run where there is one."""
     header = {key.removeprefix("alignprop."): text for key, text in source.metadata.items()}
     header = {key: private.cleaned(text, typed=key == "trigger_prompts") for key, text in header.items()}
@@ -171,7 +156,7 @@ def facts_of(repo_id: str, source: Source, run: Run | None, private: Private) ->
     return replace(facts, changes=changes, judges=judges, before=before, after=after)
 
 
-def public_about(run: Run, source: Source) -> dict[str, Any]:
+def public_about(run: Run, source: Adapter) -> dict[str, Any]:
     """What `config.json` says, with a command for others in place of what was typed, and times without a time zone."""
     about = dict(run.about)
     about["model"] = public_id(source.base.base_model) or about.get("model", "")
@@ -202,11 +187,11 @@ def public_about(run: Run, source: Source) -> dict[str, Any]:
 # --- inside ----------------------------------------------------------------------------------------------------------
 
 
-def _write_adapters(target: Path, name: str, source: Source, private: Private) -> None:
+def _write_adapters(target: Path, name: str, source: Adapter, private: Private) -> None:
     about = {key: private.cleaned(text, typed=key.endswith("trigger_prompts")) for key, text in source.metadata.items()}
     titles = {"modelspec.title": name, "ss_output_name": f"{name}-comfyui"}
-    clean: Source = replace(cast(Any, source), metadata={**about, **titles})
-    clean.save(target / WEIGHTS, format="diffusers")
+    clean: Adapter = replace(source, metadata={**about, **titles})
+    clean.save(target / HUB_WEIGHTS, format="diffusers")
     clean.save(target / f"{name}-comfyui.safetensors", format="comfyui")
 
 
@@ -326,7 +311,7 @@ def _judges_of_header(header: Mapping[str, str], config: Mapping[str, Any]) -> t
     return tuple(name for name in _json(header.get("scores", "")) if name in judges or part_of(name, judges))
 
 
-def _size(source: Source) -> str:
+def _size(source: Adapter) -> str:
     """`LoRA of rank 16, alpha 16, on 32 layers of the unet`."""
     parts = [
         f"rank {rank}, alpha {alpha:g}, on {len(source.layers[name])} layers of the {name}"

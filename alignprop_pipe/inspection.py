@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignprop_pipe import adapter_files, hub, strength
+from alignprop_pipe import adapter_files, strength
 from alignprop_pipe.adapter_keys import (
     FileLayers,
     duplicates,
@@ -30,6 +30,7 @@ from alignprop_pipe.factors import Factors, Layers
 from alignprop_pipe.file_kinds import said_of_unknown
 from alignprop_pipe.naming import UnknownLayerError
 from alignprop_pipe.programs import Verdict, hidden_by, unknown_to_comfyui, verdicts
+from alignprop_pipe.resolve import local_file
 from alignprop_pipe.stock_loading import said_of_diffusers
 
 
@@ -85,7 +86,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     Raises:
         AdapterError: the file is missing, cut off, damaged, a pickle, or no LoRA.
     """
-    source = adapter_files.located(hub.local(path))
+    source = adapter_files.located(local_file(path))
     tensors, header = adapter_files.read_file(source, allow_pickle=allow_pickle, finite=False)
     if not tensors:
         raise AdapterError(f"{source.name} is empty: it holds no LoRA")

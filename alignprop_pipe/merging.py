@@ -13,13 +13,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from alignprop_pipe import adapter_files, hub, lora, strength
+from alignprop_pipe import adapter_files, lora, strength
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.checkpoint import write_checkpoint
 from alignprop_pipe.errors import AdapterError, RunError
 from alignprop_pipe.export_header import public_id
 from alignprop_pipe.export_keys import layers_from, misfit, named_for, networks
 from alignprop_pipe.factors import Factors, Layers
+from alignprop_pipe.resolve import local_file
 from alignprop_pipe.sources import exists
 
 QUANTISERS = ("optimum.", "bitsandbytes.", "torchao.", "torch.ao.", "hqq.", "gguf.", "awq.", "gptqmodel.")
@@ -117,7 +118,7 @@ def _fitting(pipe: DiffusionPipeline, adapter: "str | Path | Adapter") -> Layers
     if isinstance(adapter, Adapter):
         layers, header = named_for(pipe, adapter.layers), adapter.metadata
     else:
-        file = adapter_files.located(hub.local(adapter))
+        file = adapter_files.located(local_file(adapter))
         tensors, header = adapter_files.read_file(file)
         try:
             layers = layers_from(pipe, tensors, header)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_pipe import hub
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.choices import is_whole
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.export_header import Base
 from alignprop_pipe.factors import Factors, Layers
+from alignprop_pipe.layout import run_of
 from alignprop_pipe.sources import expanded, is_folder
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def name_of(source: Source, number: int = 1) -> str:
     if isinstance(source, Adapter):
         return source.metadata.get("modelspec.title") or f"adapter {number}"
     path = expanded(source).resolve()
-    run = path if is_folder(path) else hub.run_of(path)
+    run = path if is_folder(path) else run_of(path)
     return path.stem if run is None else run.name
 
 

@@ -36,6 +36,7 @@ from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
 from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError, RunError
+from alignprop_pipe.layout import CONFIG
 from alignprop_pipe.progress import Display, shown
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
@@ -46,7 +47,7 @@ from alignprop_pipe.rewards.likeness import free_judge
 from alignprop_pipe.rewards.network import check_sources
 from alignprop_pipe.rewards.registry import as_reward, parse_reward
 from alignprop_pipe.rollout import autograd_on
-from alignprop_pipe.runs import CONFIG, RunFolder, check_place
+from alignprop_pipe.runs import RunFolder, check_place
 from alignprop_pipe.single_file import load_single_file
 from alignprop_pipe.sources import exists, hub_hint, on_hub
 from alignprop_pipe.summary import Watch

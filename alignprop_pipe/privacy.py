@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_pipe.export_header import without_paths
+from alignprop_pipe.hub_client import TOKEN
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{16,}")
 QUOTED_PATH = re.compile(r"""(["'])(?:file://|~|\.{1,2})?/(?:[^"'\n]*/)?([^"'/\n]+)/?\1""")
 WHOLE_PATH = re.compile(r"(?:file://|~|\.{1,2})?/.*|[A-Za-z]:[\\/].*", re.DOTALL)
 UNTOUCHED = ("prompts", "prompt", "trigger_prompts", "negative_prompt", "alignprop.trigger_prompts")

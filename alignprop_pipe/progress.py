@@ -18,10 +18,9 @@ from tqdm import auto
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
-from alignprop_pipe import drawings
 from alignprop_pipe.escaping import one_line
+from alignprop_pipe.images import enlarged, make_grid, to_pil
 from alignprop_pipe.records import Evidence, StepRecord
-from alignprop_pipe.sampling import enlarged, make_grid
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ class Previews:
             return
         from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
 
-        sheet = make_grid([enlarged(drawings.picture(image)) for image in record.images])
+        sheet = make_grid([enlarged(to_pil(image)) for image in record.images])
         if self._place is None:
             self._place = display(sheet, display_id=True)
         else:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -131,3 +132,25 @@ class Change(NamedTuple):
     after: float
     difference: float
     standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did: the files and their sizes in bytes, and where they are now.
+
+    `url` is that of the commit or pull request; empty after a dry run, whose files are in `folder`. `changed` is
+    false where the repository held all of it already.
+    """
+
+    repo_id: str
+    files: Mapping[str, int]
+    url: str = ""
+    folder: Path | None = None
+    changed: bool = True
+
+    def __str__(self) -> str:
+        return self.url or str(self.folder)
+
+    def __repr__(self) -> str:
+        files = "\n".join(f"  {size:>12,}  {name}" for name, size in self.files.items())
+        return f"{self}\n{files}"

@@ -18,6 +18,7 @@ from alignprop_pipe.config import FIELD_PATHS, AlignConfig
 from alignprop_pipe.escaping import in_html as escape
 from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.files import write_whole
+from alignprop_pipe.layout import ADAPTER
 from alignprop_pipe.records import Change, Evidence, StepRecord
 from alignprop_pipe.summary import warnings_of
 
@@ -213,7 +214,7 @@ def _scores(run: RunSummary) -> str:
 
 def _usage(run: RunSummary) -> str:
     """How the adapter files are used elsewhere."""
-    if "adapter.safetensors" not in run.adapters:
+    if ADAPTER not in run.adapters:
         return '<p class="soft">No adapter was saved.</p>'
     # Copied into a terminal that may be anywhere.
     model, folder = run.about["model"] or "MODEL", str(Path(run.folder).absolute())

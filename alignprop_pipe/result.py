@@ -8,9 +8,8 @@ from pathlib import Path
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.escaping import in_html, one_line
-from alignprop_pipe.loss import best_of
 from alignprop_pipe.records import Change, Evidence, StepRecord
-from alignprop_pipe.summary import RunWarning, paired_change, warnings_of
+from alignprop_pipe.summary import RunWarning, best_of, paired_change, warnings_of
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -106,7 +105,7 @@ def choice_sentence(after: Evidence | None, chosen_from: int, followed: str) -> 
 
 
 def kept_evidence(history: Sequence[StepRecord], config: AlignConfig) -> Evidence | None:
-    """The look at the adapter that was kept: the best one with `keep_best`, else the newest. See `loss.best_of`."""
+    """The look at the adapter that was kept: the best one with `keep_best`, else the newest. See `summary.best_of`."""
     return best_of(looks_in(history), config.evaluation.keep_best)
 
 

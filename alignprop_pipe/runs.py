@@ -24,15 +24,15 @@ from alignprop_pipe.choices import loss_from_text
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, write_whole
-from alignprop_pipe.loss import best_of
+from alignprop_pipe.images import png_bytes, to_pil
+from alignprop_pipe.layout import ADAPTER, CONFIG, CURVE, METRICS, REPORT, SHEET
 from alignprop_pipe.pairs import caption as pairs_caption
 from alignprop_pipe.pairs import is_right, label, shown_pairs
 from alignprop_pipe.records import Change, Evidence, StepRecord
 from alignprop_pipe.sources import exists, is_folder
-from alignprop_pipe.summary import warnings_of
+from alignprop_pipe.summary import best_of, warnings_of
 
 When = Literal["before", "during", "after"]
-CONFIG = "config.json"
 
 PACKAGES = (
     "alignprop-pipe",
@@ -110,7 +110,7 @@ class RunFolder:
     @property
     def adapter_path(self) -> Path:
         """Where the adapter goes; its ComfyUI form stands beside it."""
-        return self.path / "adapter.safetensors"
+        return self.path / ADAPTER
 
     @property
     def checkpoints(self) -> Path:
@@ -129,7 +129,7 @@ class RunFolder:
         self.records.append(dataclasses.replace(record, evidence=kept, images=None))
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
         try:
-            with (self.path / "metrics.jsonl").open("ab") as file:
+            with (self.path / METRICS).open("ab") as file:
                 file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -217,9 +217,9 @@ class RunFolder:
         if before is not None and after is not None and before.images is not None and after.images is not None:
             if self._after is None:
                 self._write_samples(after, "after")
-            drawings.draw_before_after(before, after, self.path / "before-after.png")
+            drawings.draw_before_after(before, after, self.path / SHEET)
         self._draw_curve()
-        path = self.path / "report.html"
+        path = self.path / REPORT
         report.write_report_html(self._summary(named, status), path)
         _point_latest(self.path)
         return path
@@ -234,7 +234,7 @@ class RunFolder:
             folder=str(self.path),
             about=self.about,
             records=self.steps,
-            curve=(self.path / "curve.png").read_bytes(),
+            curve=(self.path / CURVE).read_bytes(),
             curve_dark=drawings.curve_png(self.steps, self.looks, drawings.DARK, self.kept),
             before=before,
             after=after,
@@ -246,7 +246,7 @@ class RunFolder:
         )
 
     def _draw_curve(self) -> None:
-        drawings.draw_curve(self.steps, self.looks, self.path / "curve.png", self.kept)
+        drawings.draw_curve(self.steps, self.looks, self.path / CURVE, self.kept)
 
     def _write_config(self) -> None:
         write_whole(self.path / CONFIG, json.dumps(self.about, indent=2, allow_nan=False) + "\n")
@@ -262,7 +262,7 @@ class RunFolder:
         if evidence.images is None:
             return
         for number, (prompt, image) in enumerate(zip(evidence.prompts, evidence.images, strict=True)):
-            picture = drawings.png_bytes(drawings.picture(image), {PROMPT_CHUNK: prompt})
+            picture = png_bytes(to_pil(image), {PROMPT_CHUNK: prompt})
             write_whole(folder / f"{number:03d}-{slug(prompt, 'prompt')}.png", picture)
 
     def __repr__(self) -> str:
@@ -289,7 +289,7 @@ def read_metrics(path: str | Path) -> list[StepRecord]:
     """
     path = Path(path)
     if is_folder(path):
-        path /= "metrics.jsonl"
+        path /= METRICS
     try:
         *lines, unfinished = path.read_bytes().split(b"\n")
     except (OSError, ValueError) as error:

@@ -361,3 +361,15 @@ def _from_to(change: Change) -> str:
 
 def _or_zero(value: float) -> float:
     return value if math.isfinite(value) else 0.0
+
+
+def best_of(looks: Sequence[Evidence], keep_best: bool | str) -> Evidence | None:
+    """The look at the adapter that is kept: the first of the best by `merit`, or the newest where `keep_best` is False.
+
+    A look with a reward or merit that is not finite is never it. Looks that an earlier version wrote know no merit
+    and are compared by their reward, as they were then.
+    """
+    known = [look for look in looks if all(map(math.isfinite, (look.reward, *look.merit)))]
+    if not keep_best:
+        return known[-1] if known and known[-1] is looks[-1] else None
+    return max(known, key=lambda look: look.merit or (look.reward,), default=None)

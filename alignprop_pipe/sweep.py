@@ -18,6 +18,7 @@ from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.export import load_adapter, remove_adapter
+from alignprop_pipe.images import to_tensor
 from alignprop_pipe.mixing import mix, said_of
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.rewards.base import Reward, members
@@ -84,7 +85,7 @@ def _scores(
     rewards: Sequence[Reward], pictures: Sequence[Picture], batch: PromptBatch, device: torch.device
 ) -> dict[str, tuple[float, ...]]:
     """Of the pictures as files would have them; of videos, of the frame in the middle."""
-    images = torch.stack([drawings.pixels(picture.image) for picture in pictures]).to(device)
+    images = torch.stack([to_tensor(picture.image) for picture in pictures]).to(device)
     totals = {str(reward): reward(images, batch.prompts, batch.targets).total for reward in rewards}
     return {name: tuple(values.detach().tolist()) for name, values in totals.items()}
 

@@ -148,9 +148,9 @@ def point(record: Any) -> dict[str, Any]:
 
 def sheet(pictures: Any) -> Any:
     """Up to four pictures on one, as a preview (PIL)."""
-    from alignprop_pipe import drawings, sampling
+    from alignprop_pipe.images import enlarged, make_grid, to_pil
 
-    return sampling.make_grid([sampling.enlarged(drawings.picture(picture)) for picture in pictures])
+    return make_grid([enlarged(to_pil(picture)) for picture in pictures])
 
 
 def keep_stopped(result: Any) -> None:

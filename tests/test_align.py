@@ -20,7 +20,7 @@ from alignprop_pipe.choices import Target
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardShapeError, TrainingDiverged
 from alignprop_pipe.evidence import evaluate, render
-from alignprop_pipe.loss import best_of, merit_of
+from alignprop_pipe.loss import merit_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
@@ -28,6 +28,7 @@ from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.rewards.simple import Brightness
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import read_metrics
+from alignprop_pipe.summary import best_of
 
 
 class Broken(Exception):

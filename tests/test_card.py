@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, card, hub_folder, mix
-from alignprop_pipe.card import WEIGHTS, Facts, model_card, warnings_in
+from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, hub_folder, mix
+from alignprop_pipe.card import Facts, model_card, warnings_in
+from alignprop_pipe.layout import HUB_WEIGHTS
 from alignprop_pipe.licences import base_licence, overall, reward_licences
 from alignprop_pipe.privacy import Private
 from alignprop_pipe.records import Change, Evidence
@@ -44,7 +46,7 @@ FACTS = Facts(
     device="NVIDIA H100",
     command="alignprop train MODEL --config config.json",
     size="LoRA of rank 4, alpha 4, on 32 layers of the unet",
-    files=(WEIGHTS, "foxes-comfyui.safetensors", "config.json", "metrics.jsonl", "curve.png", "before-after.png"),
+    files=(HUB_WEIGHTS, "foxes-comfyui.safetensors", "config.json", "metrics.jsonl", "curve.png", "before-after.png"),
     widgets=(("a fox in the snow", "images/after-1.png"),),
 )
 
@@ -91,7 +93,7 @@ def test_stock_diffusers_finds_its_file_among_the_two(folder: Path, caplog: pyte
     pipe.load_lora_weights(str(folder), adapter_name="there")
     assert len(list(folder.glob("*.safetensors"))) == 2
     assert "more than one weights file" not in caplog.text
-    held = Adapter.load(folder / WEIGHTS)
+    held = Adapter.load(folder / HUB_WEIGHTS)
     assert held.keys() == Adapter.load(folder.parent).keys()
 
 
@@ -264,7 +266,7 @@ def test_a_window_is_said() -> None:
 
 
 def test_a_mix_says_of_what(folder: Path, tmp_path: Path) -> None:
-    adapter = dataclasses.replace(Adapter.load(folder / WEIGHTS), metadata={})
+    adapter = dataclasses.replace(Adapter.load(folder / HUB_WEIGHTS), metadata={})
     mix([(adapter, 0.6), (adapter, 0.4)]).push_to_hub("me/mixed", dry_run=tmp_path / "hub")
     content = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
     assert re.search(r"that was mixed by alignprop-pipe of 0\.6 of .+ and 0\.4 of .+\. No trigger", content)
@@ -406,5 +408,5 @@ def test_looking_for_what_was_missed(content: bytes, found: str) -> None:
     assert HERE.found_in(content) == found
 
 
-def test_card_names_are_those_of_diffusers() -> None:
-    assert card.WEIGHTS == "pytorch_lora_weights.safetensors"
+def test_the_name_on_the_hub_is_that_of_diffusers() -> None:
+    assert HUB_WEIGHTS == LORA_WEIGHT_NAME_SAFE

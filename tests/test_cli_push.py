@@ -17,8 +17,8 @@ from huggingface_hub.utils import _http, close_session
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from alignprop_pipe.card import WEIGHTS
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.layout import HUB_WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of its HTTP
 
@@ -78,7 +78,7 @@ def test_it_is_pushed_and_pushed_again(server: Hub, run: Path) -> None:
     again = push(run, "me/first", "--json")
     (line,) = map(json.loads, again.stdout.splitlines())
     assert (line["type"], line["changed"], line["repo_id"]) == ("push", False, "me/first")
-    assert line["files"][WEIGHTS] > 1000
+    assert line["files"][HUB_WEIGHTS] > 1000
     assert "holds all of it already" in again.stderr
     assert TOKEN not in first.output + again.output
 
@@ -86,7 +86,7 @@ def test_it_is_pushed_and_pushed_again(server: Hub, run: Path) -> None:
 def test_branch_and_request(server: Hub, run: Path) -> None:
     server.add("me/first", {})
     assert push(run / "adapter.safetensors", "me/first", "--revision", "trial").exit_code == 0
-    assert WEIGHTS in server.repos["me/first"].branches["trial"][-1].files
+    assert HUB_WEIGHTS in server.repos["me/first"].branches["trial"][-1].files
     asked = push(run, "me/first", "--create-pr")
     assert f"pushed: {server.url}/me/first/discussions/1" in asked.stdout
 

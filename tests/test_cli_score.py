@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.images import png_bytes
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import REGISTRY, RewardEntry, registry
-from alignprop_pipe.sampling import png_bytes
 
 OWN = (
     "from alignprop_pipe.rewards import register\n\n@register('own')\ndef own(images, factor=1.0):\n    '''A test.'''\n"

@@ -27,9 +27,10 @@ from safetensors.torch import load
 from alignprop_pipe import Adapter, hub
 from alignprop_pipe.errors import AdapterError, HubError
 from alignprop_pipe.export import load_adapter
-from alignprop_pipe.hub import WEIGHTS
 from alignprop_pipe.inspection import inspect_adapter
+from alignprop_pipe.layout import HUB_WEIGHTS
 from alignprop_pipe.mixing import mix
+from alignprop_pipe.records import Pushed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of its HTTP
 
@@ -109,7 +110,7 @@ def test_everything_goes_in_one_commit(server: Hub, adapter: Adapter, run: Path)
     pushed = adapter.push_to_hub("me/glow")
     held = files(server)
     assert set(held) == {*pushed.files, ".gitattributes"}
-    assert {"README.md", WEIGHTS, "glow-comfyui.safetensors", "config.json", "metrics.jsonl"} <= set(held)
+    assert {"README.md", HUB_WEIGHTS, "glow-comfyui.safetensors", "config.json", "metrics.jsonl"} <= set(held)
     assert {"curve.png", "before-after.png", "images/after-1.png"} <= set(held)
     assert all(len(held[name]) == size for name, size in pushed.files.items())
     assert commits(server) == [hub.TITLE]
@@ -117,7 +118,7 @@ def test_everything_goes_in_one_commit(server: Hub, adapter: Adapter, run: Path)
     assert pushed.changed
     assert not server.repos["me/glow"].private
     wanted = load((run / "adapter.safetensors").read_bytes())
-    got = load(held[WEIGHTS])
+    got = load(held[HUB_WEIGHTS])
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
@@ -175,8 +176,8 @@ def test_private_and_a_repository_that_is_there(server: Hub, bare: Adapter) -> N
 def test_a_branch(server: Hub, bare: Adapter) -> None:
     bare.push_to_hub("me/glow", revision="trial")
     bare.push_to_hub("me/glow", revision="trial")
-    assert WEIGHTS in files(server, revision="trial")
-    assert WEIGHTS not in files(server)
+    assert HUB_WEIGHTS in files(server, revision="trial")
+    assert HUB_WEIGHTS not in files(server)
     assert commits(server, revision="trial") == [hub.TITLE]
 
 
@@ -189,13 +190,13 @@ def test_a_pull_request_is_opened_once(server: Hub, bare: Adapter) -> None:
     changed = dataclasses.replace(bare, metadata={**bare.metadata, "note": "better"})
     assert changed.push_to_hub("team/glow", create_pr=True).changed
     assert list(server.repos["team/glow"].requests) == [1]
-    assert WEIGHTS not in files(server, "team/glow")
+    assert HUB_WEIGHTS not in files(server, "team/glow")
     assert "create" not in server.log
 
 
 def test_an_adapter_without_a_run(server: Hub, bare: Adapter) -> None:
     bare.push_to_hub("me/bare")
-    assert set(files(server, "me/bare")) == {".gitattributes", "README.md", WEIGHTS, "bare-comfyui.safetensors"}
+    assert set(files(server, "me/bare")) == {".gitattributes", "README.md", HUB_WEIGHTS, "bare-comfyui.safetensors"}
     card = ModelCard(files(server, "me/bare")["README.md"].decode())
     assert {"reward", "jpeg"} <= {one.metric_type for one in card.data.eval_results or []}
 
@@ -212,7 +213,7 @@ def test_a_run_without_its_pictures(adapter: Adapter, tmp_path: Path, run: Path)
     for name in ("adapter.safetensors", "config.json", "metrics.jsonl"):
         (lean / name).write_bytes((run / name).read_bytes())
     pushed = Adapter.load(lean).push_to_hub("me/lean", dry_run=tmp_path / "out")
-    assert set(pushed.files) == {"README.md", WEIGHTS, "lean-comfyui.safetensors", "config.json", "metrics.jsonl"}
+    assert set(pushed.files) == {"README.md", HUB_WEIGHTS, "lean-comfyui.safetensors", "config.json", "metrics.jsonl"}
     assert "| `reward` |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -384,7 +385,7 @@ def test_a_fault_is_one_sentence_and_running_again_finishes(
     server.faults.clear()
     bare.push_to_hub("me/glow")
     assert commits(server) == [hub.TITLE]
-    assert WEIGHTS in files(server)
+    assert HUB_WEIGHTS in files(server)
 
 
 def test_nothing_is_lost_here(server: Hub, adapter: Adapter, run: Path) -> None:
@@ -561,7 +562,7 @@ def test_hf_names_are_on_the_hub_whatever_is_here(
 def test_what_is_not_there(server: Hub) -> None:
     with pytest.raises(HubError, match=r"'me/none' is no file or folder here.*no model 'me/none' on the Hub"):
         Adapter.load("me/none")
-    server.add("me/hidden", {WEIGHTS: b""}, private=True)
+    server.add("me/hidden", {HUB_WEIGHTS: b""}, private=True)
     server.add("me/empty", {"README.md": b"# nothing"})
     with pytest.raises(HubError, match=r"'me/empty' holds no adapter"):
         Adapter.load("me/empty")
@@ -569,7 +570,7 @@ def test_what_is_not_there(server: Hub) -> None:
 
 @pytest.mark.parametrize(("status", "said"), [(500, "cannot be reached|trouble"), (429, "429"), (403, "403")])
 def test_faults_while_loading(server: Hub, status: int, said: str) -> None:
-    server.add("me/glow", {WEIGHTS: b"x"})
+    server.add("me/glow", {HUB_WEIGHTS: b"x"})
     server.faults["file"] = [status] * 20
     with pytest.raises(HubError, match=said):
         Adapter.load("me/glow")
@@ -601,7 +602,7 @@ def test_a_repository_of_peft(server: Hub, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_file_that_is_damaged_there(server: Hub) -> None:
-    server.add("you/bad", {WEIGHTS: b"<html>"})
+    server.add("you/bad", {HUB_WEIGHTS: b"<html>"})
     with pytest.raises(AdapterError):
         Adapter.load("you/bad")
 
@@ -643,13 +644,13 @@ def test_the_command_and_stock_diffusers(run: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert server.repos["me/glow"].private
     assert f"pushed: {server.url}/me/glow/commit/" in done.stdout
-    assert re.search(rf"{re.escape(WEIGHTS)} +[\d,]+", done.stdout)
+    assert re.search(rf"{re.escape(HUB_WEIGHTS)} +[\d,]+", done.stdout)
     assert "stock diffusers: ['default_0'] 1" in done.stdout
     assert "more than one weights file" not in done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
 
 def test_pushed_says_what_it_is() -> None:
-    shown: Any = hub.Pushed("me/x", {"README.md": 1234}, url="https://there")
+    shown: Any = Pushed("me/x", {"README.md": 1234}, url="https://there")
     assert str(shown) == "https://there"
     assert repr(shown) == "https://there\n         1,234  README.md"

@@ -14,6 +14,10 @@ PACKAGE = Path(alignprop_pipe.__file__).parent
 LAYERS = {
     "errors": 0,
     "escaping": 0,
+    "layout": 0,
+    "images": 1,
+    "hub_client": 1,
+    "resolve": 2.05,
     "choices": 1.0,
     "config_fields": 1.1,
     "config": 1.2,
@@ -84,10 +88,10 @@ LAYERS = {
     "adapter_files": 2,
     "privacy": 2.1,
     "licences": 2.4,
-    "card_facts": 3.02,
-    "card": 3.03,
-    "hub_folder": 3.05,
-    "hub": 3.06,
+    "card_facts": 3.22,
+    "card": 3.23,
+    "hub_folder": 3.25,
+    "hub": 3.26,
     "adapter": 3.1,
     "export": 3.2,
     "mixing": 3.2,
@@ -163,7 +167,9 @@ def test_a_file_imports_only_from_below(name: str) -> None:
     upward = {
         f"{name} ({LAYERS[name]}) imports {other} ({LAYERS[other]})"
         for other in imported(tree)
-        if LAYERS[other] >= LAYERS[name] and not (name == "rewards" and other.startswith("rewards."))
+        if LAYERS[other] >= LAYERS[name]
+        and not (name == "rewards" and other.startswith("rewards."))
+        and (name, other) != ("adapter", "hub")  # push_to_hub hands over
     }
     assert not upward
 

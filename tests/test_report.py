@@ -14,6 +14,7 @@ from PIL import Image
 from test_runs import look, new_run, record
 
 from alignprop_pipe import drawings, pairs
+from alignprop_pipe.images import to_pil
 from alignprop_pipe.records import Change, Evidence
 from alignprop_pipe.report import summary_sentences
 
@@ -237,7 +238,7 @@ def test_small_pictures_keep_their_pixels_in_the_sheet(tmp_path):
     images = torch.rand(1, 3, 64, 64)
     pair = dataclasses.replace(look(0), prompts=("a dog",), images=images)
     drawings.draw_before_after(pair, pair, tmp_path / "sheet.png")
-    enlarged = drawings.picture(images[0]).resize((192, 192), Image.Resampling.NEAREST)
+    enlarged = to_pil(images[0]).resize((192, 192), Image.Resampling.NEAREST)
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.crop((24, 24 + 24, 24 + 192, 24 + 24 + 192)).tobytes() == enlarged.tobytes()
 
@@ -251,7 +252,7 @@ def test_labels_stay_within_their_width(text, lines):
 
 def test_a_picture_of_any_dtype_is_clamped_not_wrapped():
     image = torch.tensor([-1.0, 0.5, 2.0, math.nan], dtype=torch.bfloat16).expand(3, 1, 4)
-    assert drawings.picture(image).tobytes() == bytes(v for v in (0, 128, 255, 0) for _ in range(3))
+    assert to_pil(image).tobytes() == bytes(v for v in (0, 128, 255, 0) for _ in range(3))
 
 
 def test_on_a_phone_every_number_has_its_columns_name() -> None:

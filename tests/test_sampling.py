@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from alignprop_pipe.config import SamplingOptions
-from alignprop_pipe.sampling import make_grid, noise_generator, png_bytes, sample_pictures, side_by_side
+from alignprop_pipe.images import make_grid, png_bytes, side_by_side
+from alignprop_pipe.sampling import noise_generator, sample_pictures
 
 FAST = SamplingOptions(num_inference_steps=2, guidance_scale=2.0)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from alignprop_pipe import scoring
 from alignprop_pipe.errors import PromptError
+from alignprop_pipe.images import png_bytes
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import ClipScore, Jpeg, PythonReward, Reward, parse_reward
-from alignprop_pipe.sampling import png_bytes
 from alignprop_pipe.scoring import Found, Scored, Skipped, Task
 
 

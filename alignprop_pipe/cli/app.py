@@ -28,6 +28,7 @@ from alignprop_pipe.cli.planning import Plan, open_planned, planned
 from alignprop_pipe.cli.usage import Commands
 from alignprop_pipe.config import AlignConfig, SamplingOptions
 from alignprop_pipe.errors import AlignError
+from alignprop_pipe.layout import ADAPTER, REPORT, SHEET
 from alignprop_pipe.sources import adapter_in, expanded, hub_hint, is_file, is_folder, on_hub
 
 if TYPE_CHECKING:
@@ -206,8 +207,8 @@ def _change_row(name: str, before: float, after: float, difference: float, error
 def _files(result: "AlignResult") -> dict[str, Path]:
     files = {} if result.adapter_path is None else {"adapter": result.adapter_path}
     if result.run_folder is not None:
-        files["before, after"] = result.run_folder / "before-after.png"
-        files["report"] = result.run_folder / "report.html"
+        files["before, after"] = result.run_folder / SHEET
+        files["report"] = result.run_folder / REPORT
         files["all of it"] = result.run_folder
     return files
 
@@ -271,15 +272,16 @@ def _adapter_file(request: SampleRequest) -> Path | None:
             raise typer.BadParameter("an adapter is needed: add --adapter FILE", param_hint=flag)
         return None
     path = expanded(request.adapter)
-    path = adapter_in(path) or path / "adapter.safetensors" if is_folder(path) else path
+    path = adapter_in(path) or path / ADAPTER if is_folder(path) else path
     if is_file(path):
         return path
     if on_hub(request.adapter) is None:
         hint = hub_hint(request.adapter)
         raise typer.BadParameter(f"there is no file {str(path)!r}{hint}", param_hint="--adapter")
-    from alignprop_pipe.hub import local
 
-    local(request.adapter)  # before the model is loaded, since it may not be there
+    from alignprop_pipe.resolve import local_file
+
+    local_file(request.adapter)  # before the model is loaded, since it may not be there
     return request.adapter
 
 

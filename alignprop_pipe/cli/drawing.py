@@ -83,8 +83,8 @@ def check_out(out: Path) -> None:
 
 def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output: Output) -> list[Path]:
     """Draw and write every picture, then the grid, whose path comes last. Raises RunError."""
+    from alignprop_pipe.images import enlarged, make_grid, png_bytes
     from alignprop_pipe.runs import slug
-    from alignprop_pipe.sampling import enlarged, make_grid, png_bytes
 
     files, shown = [], []
     for place, (picture, frames) in enumerate(_drawn(pipe, prompts, sheet)):
@@ -104,7 +104,8 @@ def _drawn(
 ) -> Iterator[tuple["Picture", Sequence["Image.Image"]]]:
     """Pictures and their frames; to compare, the base is drawn before the adapter goes on."""
     from alignprop_pipe.export import load_adapter
-    from alignprop_pipe.sampling import sample_pictures, side_by_side
+    from alignprop_pipe.images import side_by_side
+    from alignprop_pipe.sampling import sample_pictures
 
     asked = sheet.request
     how = {"seed": asked.seed, "num": asked.num, "batch_size": asked.batch_size}

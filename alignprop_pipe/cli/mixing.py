@@ -198,7 +198,7 @@ def _write_sweep(request: MixRequest, settings: Mapping[str, Any], output: conso
     problems.tell()
     pipe = open_pipeline(asked.model, request, output)
     from alignprop_pipe import mixing, sweep
-    from alignprop_pipe.sampling import png_bytes
+    from alignprop_pipe.images import png_bytes
 
     names = [mixing.name_of(source) for source in asked.sources]
     columns: list[Column] = []

@@ -19,6 +19,7 @@ from alignprop_pipe.cli.opening import check_model, find_device, import_rewards,
 from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
 from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
 from alignprop_pipe.errors import ConfigError, RewardError
+from alignprop_pipe.layout import CONFIG
 from alignprop_pipe.run_facts import NAMED, check_run, check_types
 from alignprop_pipe.sources import exists, expanded, is_folder
 
@@ -61,7 +62,7 @@ class SettingsFile:
         if path is None:
             return cls()
         path = expanded(path)
-        path = path / "config.json" if is_folder(path) else path
+        path = path / CONFIG if is_folder(path) else path
         data = read_table(path)
         if not isinstance(data, Mapping):
             raise ConfigError(f"configuration file {str(path)!r}: a table of settings is needed")

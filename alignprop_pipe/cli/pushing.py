@@ -11,7 +11,7 @@ from alignprop_pipe.cli.options import OUTPUT, options_from
 from alignprop_pipe.sources import exists, expanded, is_folder
 
 if TYPE_CHECKING:
-    from alignprop_pipe.hub import Pushed
+    from alignprop_pipe.records import Pushed
 
 PUSH_EXAMPLES = """[bold]Examples[/]
 
