@@ -1,4 +1,4 @@
-"""The nodes in a real ComfyUI on the CPU. `COMFYUI_PATH=/path pytest -n0 --no-cov -m comfy tests/test_comfy.py`
+"""The nodes in a real ComfyUI on the CPU. `COMFYUI_PATH=/path pytest -n0 -m comfy tests/test_comfy.py`
 
 One server for the file; the tests stand in the order in which they need its console: quiet ones first.
 """

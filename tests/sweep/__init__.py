@@ -3,7 +3,7 @@
     python tests/sweep                        # what is not done yet with the installed versions
     python tests/sweep 'Flux.*' --again       # classes by pattern, anew
     python tests/sweep --page                 # only docs/pipelines.md, from the results that are there
-    pytest --no-cov -n0 -m sweep tests/sweep  # the same as tests, a class each
+    pytest -n0 -m sweep tests/sweep  # the same as tests, a class each
 
 Nothing is downloaded. Each class has a process of its own and a time limit, and its result is kept in results.jsonl at
 once, so that a run can be stopped and goes on where it was.

@@ -1,4 +1,4 @@
-"""The sweep as tests, a class each: `pytest --no-cov -n0 -m sweep tests/sweep`.
+"""The sweep as tests, a class each: `pytest -n0 -m sweep tests/sweep`.
 
 Classes that were swept with the installed versions are taken from results.jsonl; `python tests/sweep --again` is anew.
 """
