@@ -44,7 +44,7 @@ from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, l
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.judge import knows
 from alignprop_pipe.rewards.likeness import free_judge
-from alignprop_pipe.rewards.network import check_sources
+from alignprop_pipe.rewards.network import check_fits, check_sources
 from alignprop_pipe.rewards.registry import as_reward, parse_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder, check_place
@@ -192,7 +192,7 @@ class AlignPropPipeline(Stock):
         starts from the base model: an adapter of an earlier `align` is replaced. If it fails, no adapter is left.
 
         Args:
-            reward: a reward, an expression (`"clip + 0.1*jpeg"`), or a function `(images, prompts) -> [batch]` of
+            reward: a reward, an expression (`"hpsv2.1 + 0.1*jpeg"`), or a function `(images, prompts) -> [batch]` of
                 pictures [batch, 3, height, width] in [0, 1] that keeps the gradient. What `zscore` and `scaled` need
                 is measured on pictures of the base model first; `result.reward` holds the numbers.
             prompts: a list, a .txt, .csv, .tsv or .jsonl file, the name of a set that ships inside, or a PromptSet.
@@ -217,7 +217,8 @@ class AlignPropPipeline(Stock):
         with `out` it is on disk too, elsewhere where `out` cannot be written, and the message says where.
         """
         judges = overrides.get("judges", () if config is None else judges_in(config))
-        reward, prompt_set = read_together(reward, prompts, out, judges)
+        model = self.name_or_path or stock_class(type(self)).__name__
+        reward, prompt_set = read_together(reward, prompts, out, judges, model)
         config, call_kwargs = settings(self, config_of(config, usual_config(self, prompt_set, reward)), overrides)
         usable_denoisers(self)
         tell_about(self, prompt_set, reward)
@@ -438,7 +439,9 @@ def settings(
     return config.replace(**known), rest
 
 
-def read_together(reward: Any, prompts: Any, out: str | Path | None, judges: Any = ()) -> tuple[Reward, PromptSet]:
+def read_together(
+    reward: Any, prompts: Any, out: str | Path | None, judges: Any, model: str
+) -> tuple[Reward, PromptSet]:
     """The reward and the prompts; what is wrong with them, the judges and the place of the run folder is told at once.
 
     Raises RunError, PromptError, RewardError; ConfigError for several of them.
@@ -448,8 +451,8 @@ def read_together(reward: Any, prompts: Any, out: str | Path | None, judges: Any
     checks = (
         lambda: out is None or check_place(out),
         lambda: PromptSet.load(prompts),
-        lambda: check_sources(as_reward(reward)),
-        *(partial(readable_judge, text) for text in judges if isinstance(judges, list | tuple)),
+        lambda: check_fits(check_sources(as_reward(reward)), model),
+        *(partial(check_judge, text, model) for text in judges if isinstance(judges, list | tuple)),
     )
     for check in checks:
         try:
@@ -463,21 +466,17 @@ def read_together(reward: Any, prompts: Any, out: str | Path | None, judges: Any
     return found[2], found[1]
 
 
-def readable_judge(text: Any) -> None:
-    """Raises RewardError for a judge that cannot be read; what is no text is refused with the settings."""
+def check_judge(text: Any, model: str) -> None:
+    """Raises RewardError for a judge that cannot be read or knows other pictures; no text is refused with the rest."""
     if isinstance(text, str):
-        check_sources(parse_reward(text, allow_code=True))
+        check_fits(check_sources(parse_reward(text, allow_code=True)), model)
 
 
 def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> None:
     """Say once what a user would otherwise find out late."""
     emoji_only = [member.name for member in members(reward) if getattr(member, "model", None) == "emoji"]
     if emoji_only and not is_bundled(pipe.name_or_path):
-        logger.warning(
-            "the bundled scorer of %s knows only emoji pictures; for other pictures name another, "
-            'such as clip(model="openai/clip-vit-large-patch14")',
-            " and ".join(dict.fromkeys(emoji_only)),
-        )
+        logger.warning("the bundled scorer of %s knows only emoji pictures", " and ".join(dict.fromkeys(emoji_only)))
     source = lora.held(stock.components(pipe).values())
     if source not in ("", lora.TRAINED):
         logger.warning(

@@ -40,10 +40,14 @@ Pixels = UInt8[Tensor, "3 height width"]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A picture file whose head could be read. `prompt` is what it was drawn from, where it says so."""
+    """A picture file whose head could be read. `prompt` is what it was drawn from, where it says so; `size` in pixels.
+
+    The size is width and height, as in PIL.
+    """
 
     path: Path
     prompt: str | None = None
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +115,14 @@ def read_head(path: Path, *, sheets: bool = True) -> Found | Skipped:
     try:
         with Image.open(path, formats=FORMATS) as image:
             chunks = {name: text for name, text in image.info.items() if isinstance(text, str)}
+            size = image.size
     except Exception as error:
         return Skipped(path, _trouble(error))
     if SHEET_CHUNK in chunks and not sheets:
         return Skipped(path, f"it is no single picture, but a sheet ({chunks[SHEET_CHUNK]})", failed=False)
     prompt = chunks.get(PROMPT_CHUNK, "").strip()
     # ComfyUI keeps its graph, as JSON, under the same name.
-    return Found(path, prompt if prompt and not prompt.startswith("{") else None)
+    return Found(path, prompt if prompt and not prompt.startswith("{") else None, size)
 
 
 def read_pixels(path: Path) -> Pixels | Skipped:

@@ -161,6 +161,8 @@ class Score(io.ComfyNode):
     @classmethod
     def execute(cls, images: Any, reward: Any, prompt: str = "", prompts: Any = None) -> io.NodeOutput:
         with host.working():
+            from alignprop_pipe.rewards.network import doubt_about
+
             pictures, reward = host.image_socket(images), connected(reward)
             batch = prompts_for(len(pictures), prompt, prompts)
             device = host.memory.get_torch_device()
@@ -168,7 +170,8 @@ class Score(io.ComfyNode):
                 scores = reward.to(device)(pictures.to(device), batch.prompts, batch.targets)
             finally:
                 reward.to("cpu")
-            text = score_lines(scores)
+            doubt = doubt_about(reward, [(pictures.shape[-1], pictures.shape[-2])])
+            text = "\n".join([*([f"warning: {doubt}"] if doubt else []), score_lines(scores)])
             mean = float(scores.total.mean())
             return io.NodeOutput(mean, text, ui={"text": (text,)})
 

@@ -263,13 +263,16 @@ def _prompts(request: MixRequest, model: str) -> Any:
 
 def _rewards(request: MixRequest, asked: _Asked) -> "list[Reward]":
     """What was asked for; else what the adapters were trained by, where that is here; else clip for emoji."""
+    from alignprop_pipe.bundled import is_bundled
+    from alignprop_pipe.rewards.network import check_fits, emoji_by_default
     from alignprop_pipe.rewards.registry import parse_reward
     from alignprop_pipe.sweep import rewards_of
 
     import_rewards(request.imports)
     if request.reward is not None:
-        return [parse_reward(request.reward, accept_license=request.accept_license, allow_code=True)]
-    found = rewards_of(asked.adapters)
+        typed = parse_reward(request.reward, accept_license=request.accept_license, allow_code=True)
+        return [check_fits(typed, asked.model)]
+    found = [one for one in rewards_of(asked.adapters) if is_bundled(asked.model) or not emoji_by_default(one)]
     return found or ([parse_reward("clip")] if asked.model == BUNDLED else [])
 
 

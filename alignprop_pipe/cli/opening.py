@@ -61,15 +61,21 @@ def check_model(model: str) -> None:
 
 
 def open_reward(
-    text: str, request: TrainRequest | ScoreRequest | CheckRequest, output: Output, *, allow_code: bool = True
+    text: str,
+    request: TrainRequest | ScoreRequest | CheckRequest,
+    output: Output,
+    *,
+    allow_code: bool = True,
+    model: str = BUNDLED,
 ) -> "Reward":
-    """Run what `--import` names, then read the expression. Raises RewardError."""
+    """Run what `--import` names, then read the expression, for pictures of `model`. Raises RewardError."""
     quiet_libraries(output)
-    from alignprop_pipe.rewards.network import check_sources
+    from alignprop_pipe.rewards.network import check_fits, check_sources
     from alignprop_pipe.rewards.registry import parse_reward
 
     import_rewards(request.imports)
-    return check_sources(parse_reward(text, accept_license=request.accept_license, allow_code=allow_code))
+    reward = parse_reward(text, accept_license=request.accept_license, allow_code=allow_code)
+    return check_fits(check_sources(reward), model)
 
 
 def import_rewards(places: Sequence[str] | None) -> None:

@@ -141,7 +141,7 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
         config = _judges(request, file, config, settings, prompts, notes)
     if reward is not None:
         config = _free_judge(config, reward, "judges" in {*settings, *file.names}, notes)
-    _check_judges(request, config, settings.get("judges", config.evaluation.judges), problems, output)
+    _check_judges(request, model, config, settings.get("judges", config.evaluation.judges), problems, output)
     out = request.out or default_out(str(reward or "run"))
     with problems.noted():
         from alignprop_pipe.runs import check_place
@@ -223,10 +223,10 @@ def _reward(
 ) -> "Reward | None":
     """What was typed; else what the file says, which names no code and accepts no licence; else clip for emoji."""
     if request.reward is not None:
-        return open_reward(request.reward, request, output)
+        return open_reward(request.reward, request, output, model=model)
     text = file.text("calibrated_reward") or file.text("reward")
     if text:
-        return open_reward(_from_file(request, file, text), request, output, allow_code=False)
+        return open_reward(_from_file(request, file, text), request, output, allow_code=False, model=model)
     if model == BUNDLED:
         return open_reward(REWARD, request, output)
     if problems.found and request.config is not None and file.path is None:
@@ -303,7 +303,12 @@ def _free_judge(config: AlignConfig, reward: "Reward", is_said: bool, notes: lis
 
 
 def _check_judges(
-    request: TrainRequest, config: AlignConfig, texts: Sequence[str], problems: console.Problems, output: console.Output
+    request: TrainRequest,
+    model: str,
+    config: AlignConfig,
+    texts: Sequence[str],
+    problems: console.Problems,
+    output: console.Output,
 ) -> None:
     """Those of a file have been searched for code by now."""
     from alignprop_pipe.evidence import followed_judge
@@ -311,7 +316,7 @@ def _check_judges(
     judges, before = [], len(problems.found)
     for text in texts:
         with problems.noted():
-            judges.append(open_reward(text, request, output))
+            judges.append(open_reward(text, request, output, model=model))
     if len(problems.found) == before:
         with problems.noted():
             followed_judge(config.evaluation.keep_best, judges, config.evaluation.judges)

@@ -61,6 +61,7 @@ def score(request: ScoreRequest) -> None:
         with problems.noted():
             reward = open_reward(request.reward, request, output) if request.reward else None
         from alignprop_pipe.prompts import PromptSet
+        from alignprop_pipe.rewards.network import doubt_about
         from alignprop_pipe.scoring import Found, find_pictures
 
         with problems.noted():
@@ -69,7 +70,10 @@ def score(request: ScoreRequest) -> None:
             PromptSet.load(request.prompts or [request.prompt or "any"])
     problems.tell()
     reward = cast("Reward", reward)
-    tasks = _tasks([head for head in heads if isinstance(head, Found)], reward, request)
+    found = [head for head in heads if isinstance(head, Found)]
+    if doubt := doubt_about(reward, [picture.size for picture in found]):
+        console.complain(f"warning: {doubt}")
+    tasks = _tasks(found, reward, request)
     outcome = Outcome(skipped=[head for head in heads if not isinstance(head, Found)])
     for one in outcome.skipped:
         _say_skipped(one, output)

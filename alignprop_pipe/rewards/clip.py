@@ -76,6 +76,7 @@ class ClipScore(TwoTowers):
 
     name = "clip"
     sources = ("model",)
+    for_other_pictures = "openai/clip-vit-large-patch14"
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class RewardEntry:
 ENTRIES: tuple[RewardEntry, ...] = (
     RewardEntry(
         name="clip",
-        summary="agreement of picture and prompt: cosine by a CLIP or SigLIP model (the bundled one, or model=...)",
+        summary="agreement of picture and prompt: by a CLIP or SigLIP model (the bundled one: emoji; else model=...)",
         licence="bundled weights: Apache-2.0",
         where=f"{_HERE}.clip:ClipScore",
         range_text="-1 to 1; CLIP-L on photographs: 0.2 to 0.35",

@@ -4,13 +4,16 @@ Images [B, 3, H, W] in [0, 1]. The network is where the images are and computes 
 images. With `offload` it visits the images' device for one score at a time.
 """
 
+import inspect
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alignprop_pipe.bundled import is_bundled
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.base import Reward, members
@@ -18,6 +21,7 @@ from alignprop_pipe.rewards.weights import place_of
 
 logger = logging.getLogger(__name__)
 
+EMOJI_SIZE = (64, 64)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,6 +39,8 @@ class NetworkReward(Reward):
     _has_told_of_a_cut = False
     sources: tuple[str, ...] = ()
     """The arguments that name folders, files or repositories on the Hub: looked at before anything is loaded."""
+    for_other_pictures: str = ""
+    """Of a reward whose default model knows emoji alone: a model on the Hub for all other pictures."""
 
     def __init__(
         self, model: str | Path, revision: str | None = None, dtype: str = "float32", offload: bool = False
@@ -43,6 +49,12 @@ class NetworkReward(Reward):
             raise RewardError(f"{self.name}(dtype={dtype!r}): one of {', '.join(DTYPES)} is needed")
         self.model, self.revision, self.dtype, self.offload = str(model), revision, dtype, offload
         self._network: Any = None
+
+    def left_out(self, argument: str) -> bool:
+        """Whether it takes this argument and was made without it."""
+        signature = inspect.signature(type(self).__init__)
+        given = signature.bind(self, *self._args, **self._kwargs).arguments
+        return argument in signature.parameters and argument not in given
 
     def check_sources(self) -> None:
         """Raises RewardError for a source that is neither here nor a name on the Hub, as far as it can be told here."""
@@ -110,6 +122,34 @@ def check_sources(reward: Reward) -> Reward:
         if isinstance(member, NetworkReward):
             member.check_sources()
     return reward
+
+
+def emoji_by_default(reward: Reward) -> list[NetworkReward]:
+    """The scorers in it that know emoji alone and were not asked for by `model="emoji"`."""
+    found = [member for member in members(reward) if isinstance(member, NetworkReward) and member.for_other_pictures]
+    return [member for member in found if member.model == "emoji" and member.left_out("model")]
+
+
+def check_fits(reward: Reward, model: str) -> Reward:
+    """The reward; raises RewardError where the scorer of emoji would score another model's pictures by default."""
+    if not is_bundled(model) and (strange := emoji_by_default(reward)):
+        raise RewardError(f"{what_to_name(strange[0])}. {model!r} is not the bundled model")
+    return reward
+
+
+def doubt_about(reward: Reward, sizes: Iterable[tuple[int, int]]) -> str:
+    """What to say where the scorer of emoji scores, by default, pictures of sizes that no emoji picture has; or ""."""
+    strange = emoji_by_default(reward) if any(size != EMOJI_SIZE for size in sizes) else []
+    return f"{what_to_name(strange[0])}; the pictures are not the bundled model's" if strange else ""
+
+
+def what_to_name(scorer: NetworkReward) -> str:
+    """What a scorer of emoji is for, and what to write for other pictures, or to have it all the same."""
+    name, other = scorer.name, scorer.for_other_pictures
+    return (
+        f"the reward {name!r} without a model takes the bundled scorer, which knows emoji pictures alone: name one "
+        f'with model=, as in {name}(model="{other}"), or {name}(model="emoji") to take the bundled one on purpose'
+    )
 
 
 def usable(network: nn.Module) -> bool:

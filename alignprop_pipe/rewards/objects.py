@@ -85,6 +85,7 @@ class ObjectReward(NetworkReward):
     """
 
     sources = ("model",)
+    for_other_pictures = "google/owlv2-base-patch16-ensemble"
 
     def __init__(
         self,
