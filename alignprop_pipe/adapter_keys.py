@@ -180,6 +180,7 @@ PIPELINES = {
     "HiDreamImageTransformer2DModel": "HiDreamImagePipeline",
     "HunyuanVideoTransformer3DModel": "HunyuanVideoPipeline",
     "LTXVideoTransformer3DModel": "LTXPipeline",
+    "LTX2VideoTransformer3DModel": "LTX2Pipeline",
     "Lumina2Transformer2DModel": "Lumina2Pipeline",
     "MochiTransformer3DModel": "MochiPipeline",
     "PixArtTransformer2DModel": "PixArtSigmaPipeline",
@@ -211,6 +212,7 @@ _MARKS = (
     (r"^transformer_blocks_\d+_attn1_add_", "MochiTransformer3DModel"),
     (r"^transformer_blocks_\d+_((img|txt)_(mlp|mod))_", "QwenImageTransformer2DModel"),
     (r"^transformer_blocks_\d+_ff_conv", "SanaTransformer2DModel"),
+    (r"^transformer_blocks_\d+_(audio_|video_to_audio_)", "LTX2VideoTransformer3DModel"),
 )
 """Flat paths that a single family has."""
 
@@ -290,7 +292,12 @@ def _one_stream_family(clues: Clues) -> str:
     if clues.has(r"^transformer_blocks_\d+_attn2?_(add_|to_)"):
         blocks = [int(match[1]) for path in clues.inputs if (match := _DOUBLE.match(path))]
         said = f"{clues.header.get('modelspec.architecture')} {clues.header.get('ss_base_model_version')}".lower()
-        of_flux = clues.has(r"^transformer_blocks_\d+_(ff(_context)?_net|norm1(_context)?_linear)") or "flux" in said
+        of_flux = (
+            clues.has(
+                r"^transformer_blocks_\d+_(ff(_context)?_net|norm1(_context)?_linear)|^(x|context)_embedder$|^time_text_embed_"
+            )
+            or "flux" in said
+        )
         is_wide = clues.width(r"attn_(to|add)_q") == 3072
         if is_wide and of_flux and max(blocks, default=0) < 19:
             return "FluxTransformer2DModel"

@@ -58,7 +58,10 @@ COMFYUI_KEYS: dict[str, dict[str, str]] = {
 COMPONENTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3",
 )  # fmt: skip
-LANGUAGE = re.compile(r"^(base_model\.model\.)?(model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj\.")
+LANGUAGE = re.compile(
+    r"^(base_model\.model\.)?((model\.)?(language_model\.)?layers|model\.(en|de)coder\.layers|transformer\.h|gpt_neox\.layers"
+    r"|((bert|roberta|vit)\.)encoder\.layer)\.\d+\.((self_)?attn|(encoder_)?attn|mlp|attention|intermediate|output|fc\d)\."
+)
 PEFT_PREFIX = "base_model.model."
 
 # --- out of a pipeline ----------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def layers_alone(base: Base, tensors: dict[str, Tensor], header: Mapping[str, st
     sole = next(iter(own), "transformer" if is_transformer else "unet")
     family = base.families.get(sole) or family
     if not family and any(LANGUAGE.search(key) for key in tensors):
-        raise ValueError("it is a LoRA for a language model, which PEFT and transformers read")
+        raise ValueError("it is a LoRA for a model of language or speech, which PEFT and transformers read")
     known = partial(names_for, getattr(reader, "__name__", ""), family=family)
     model = Model(known, tuple(filter(is_text, COMPONENTS)), sole, family, extra=frozenset({*COMPONENTS, *own}))
     found = _all_of(reader, tensors, header, options, model, check_names="alignprop.families" not in header)

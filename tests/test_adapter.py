@@ -399,6 +399,12 @@ SAMPLES = [
     ("Lumina2Transformer2DModel", keys_of("transformer.layers.0.attn.to_q", 2304), {}),
     ("ZImageTransformer2DModel", keys_of("diffusion_model.layers.0.attention.to_q", 3840), {}),
     ("HiDreamImageTransformer2DModel", keys_of("transformer.double_stream_blocks.0.block.attn1.to_q", 2560), {}),
+    ("LTX2VideoTransformer3DModel", keys_of("diffusion_model.transformer_blocks.0.audio_attn1.to_q", 2048), {}),
+    (
+        "FluxTransformer2DModel",
+        keys_of("transformer.x_embedder", 384) | keys_of("transformer.transformer_blocks.0.attn.to_q", 3072),
+        {},
+    ),
     ("", keys_of("transformer.something.new", 64), {}),
     ("", {}, {}),
 ]  # fmt: skip

@@ -146,10 +146,22 @@ def test_other_adapters_of_peft(config: Any, what: str, tmp_path: Path) -> None:
     assert "PEFT" in text
 
 
-def test_a_lora_for_a_language_model(tmp_path: Path) -> None:
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.3.mlp.up_proj",
+        "model.encoder.layers.0.self_attn.q_proj",  # speech
+        "model.decoder.layers.0.fc1",
+        "transformer.h.5.attn.c_attn",
+        "gpt_neox.layers.1.attention.query_key_value",
+        "bert.encoder.layer.0.attention.self.query",
+    ],
+)
+def test_a_lora_for_a_language_model(layer: str, tmp_path: Path) -> None:
+    name = f"base_model.model.{layer}"
     file = written({f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}, tmp_path)
-    with pytest.raises(AdapterError, match="for a language model, which PEFT"):
+    with pytest.raises(AdapterError, match="for a model of language or speech, which PEFT"):
         Adapter.load(file)
 
 
