@@ -5,7 +5,6 @@ used as a judge here. Each file is read once; pictures of one size are scored to
 """
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,50 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from alignprop_pipe.errors import AlignError, PromptError
-from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK
+from alignprop_pipe.picture_files import Found, Pixels, Skipped, read_pixels
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Images, PromptBatch
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.guard import check_reward
 from alignprop_pipe.seeds import generator_for
-from alignprop_pipe.sources import exists, expanded, is_folder
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
 FILE = "file"
 """The column of a table of prompts that says which picture a row is about."""
 HELD_BATCHES = 4
 """So many batches of decoded pictures wait at most for others of their size."""
-
-Pixels = UInt8[Tensor, "3 height width"]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A picture file whose head could be read. `prompt` is what it was drawn from, where it says so; `size` in pixels.
-
-    The size is width and height, as in PIL.
-    """
-
-    path: Path
-    prompt: str | None = None
-    size: tuple[int, int] = field(default=(0, 0), compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A file without a score. `failed` is False for one that is no single picture, but a sheet of several."""
-
-    path: Path
-    reason: str
-    failed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,82 +46,6 @@ class Scored:
     prompt: str
     score: float
     parts: Mapping[str, float]
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def find_pictures(places: Iterable[Path]) -> list[Found | Skipped]:
-    """Every file among `places`, and all PNG, JPEG and WebP files in the folders among them, at any depth.
-
-    A file counts once. Sheets of several pictures (`grid.png` of `alignprop sample`) are left out of folders. Raises
-    PromptError for a place that is not there, and where there is no picture at all.
-    """
-    found: dict[Path, Found | Skipped] = {}
-    places = [expanded(place) for place in places]
-    for place in places:
-        if not exists(place):
-            raise PromptError(f"there is no file or folder {str(place)!r}")
-        for path in _inside(place) if is_folder(place) else (place,):
-            if path.resolve() not in found:
-                found[path.resolve()] = read_head(path, sheets=not is_folder(place))
-    if not found:
-        raise PromptError(f"there is no {', '.join(SUFFIXES)} file in {', '.join(map(str, places))}")
-    return list(found.values())
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(where, name) for name in sorted(files) if _is_picture(name))
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def read_head(path: Path, *, sheets: bool = True) -> Found | Skipped:
-    """What a file says about itself, without its pixels; with `sheets=False`, sheets of pictures are skipped."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            chunks = {name: text for name, text in image.info.items() if isinstance(text, str)}
-            size = image.size
-    except Exception as error:
-        return Skipped(path, _trouble(error))
-    if SHEET_CHUNK in chunks and not sheets:
-        return Skipped(path, f"it is no single picture, but a sheet ({chunks[SHEET_CHUNK]})", failed=False)
-    prompt = chunks.get(PROMPT_CHUNK, "").strip()
-    # ComfyUI keeps its graph, as JSON, under the same name.
-    return Found(path, prompt if prompt and not prompt.startswith("{") else None, size)
-
-
-def read_pixels(path: Path) -> Pixels | Skipped:
-    """A picture as people see it: turned as its EXIF says, transparency over white, the first frame of several."""
-    try:
-        with Image.open(path, formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except Exception as error:
-        return Skipped(path, _trouble(error))
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        .view(image.height, image.width, 3)
-        .permute(2, 0, 1)
-    )
-
-
-def _trouble(error: Exception) -> str:
-    """Why a file cannot be read. PIL raises errors of many kinds for damaged files."""
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "this is no PNG, JPEG or WebP picture, or it is damaged"
-    if isinstance(error, OSError) and error.strerror:
-        return f"it cannot be read: {error.strerror}"
-    return f"it is damaged or cut short ({error})"
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ LAYERS = {
     "escaping": 0,
     "layout": 0,
     "images": 1,
+    "embedded_prompts": 0,
+    "picture_files": 1.05,
     "hub_client": 1,
     "resolve": 2.05,
     "choices": 1.0,

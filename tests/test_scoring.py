@@ -9,27 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from alignprop_pipe import scoring
 from alignprop_pipe.errors import PromptError
-from alignprop_pipe.images import png_bytes
+from alignprop_pipe.picture_files import Found
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import ClipScore, Jpeg, PythonReward, Reward, parse_reward
-from alignprop_pipe.scoring import Found, Scored, Skipped, Task
+from alignprop_pipe.scoring import Scored, Task
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (8, 6), mode: str = "RGB") -> Image.Image:
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(values.squeeze(-1) if channels == 1 else values, mode)
-
-
-def pixels(path: Path) -> Tensor:
-    found = scoring.read_pixels(path)
-    assert isinstance(found, Tensor), found
-    return found
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values, mode)
 
 
 def as_tensor(image: Image.Image) -> Tensor:
@@ -52,138 +45,7 @@ class Noted(Reward):
         return {"green": images[:, 1].mean(dim=(1, 2))}
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_folders_are_searched_to_the_bottom_and_each_file_counts_once(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "deep/er/c.webp", "d.jpeg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture().save(tmp_path / name)
-    for name in ("notes.txt", ".hidden.png", ".cache/e.png", "f.gif"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"nothing to see")
-    found = scoring.find_pictures([tmp_path / "b.png", tmp_path, tmp_path / "deep" / ".." / "d.jpeg"])
-    assert [one.path.name for one in found] == ["b.png", "a.JPG", "d.jpeg", "c.webp"]
-    assert all(isinstance(one, Found) for one in found)
-
-
-def test_places_without_pictures_are_named(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="nowhere"):
-        scoring.find_pictures([tmp_path / "nowhere"])
-    with pytest.raises(PromptError, match=r"no .*\.png.* in .*" + tmp_path.name):
-        scoring.find_pictures([tmp_path])
-
-
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x04\0\0\0WEBP"])
-def test_what_is_no_picture_is_skipped(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.png").write_bytes(content)
-    (found,) = scoring.find_pictures([tmp_path])
-    assert isinstance(found, Skipped)
-    assert found.failed
-    assert "damaged" in found.reason
-
-
-def test_other_formats_are_not_opened_whatever_their_name(tmp_path: Path) -> None:
-    picture().save(tmp_path / "a.png", format="BMP")
-    found = scoring.read_head(tmp_path / "a.png")
-    assert isinstance(found, Skipped)
-    assert "no PNG, JPEG or WebP" in found.reason
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_a_file_that_is_cut_short_is_skipped_with_the_reason(tmp_path: Path, format: str) -> None:
-    path = tmp_path / "a.png"
-    picture(size=(64, 64)).save(path, format=format)
-    path.write_bytes(path.read_bytes()[:-500])
-    results = [scoring.read_head(path), scoring.read_pixels(path)]
-    skipped = [one for one in results if isinstance(one, Skipped)]
-    assert skipped
-    assert all(one.reason for one in skipped)
-
-
-def test_a_folder_that_cannot_be_a_picture_and_a_file_that_went_away(tmp_path: Path) -> None:
-    gone = scoring.read_pixels(tmp_path / "gone.png")
-    assert isinstance(gone, Skipped)
-    assert "No such file" in gone.reason
-
-
-def test_sheets_are_left_out_of_folders_and_kept_where_they_are_named(tmp_path: Path) -> None:
-    (tmp_path / "grid.png").write_bytes(png_bytes([picture()], {"sheet": "grid"}))
-    (tmp_path / "a.png").write_bytes(png_bytes([picture()], {"prompt": "a dog"}))
-    named, inside = scoring.find_pictures([tmp_path / "a.png", tmp_path])
-    assert named == Found(tmp_path / "a.png", "a dog")
-    assert isinstance(inside, Skipped)
-    assert not inside.failed
-    assert isinstance(scoring.find_pictures([tmp_path / "grid.png"])[0], Found)
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_pictures_are_turned_as_their_exif_says(tmp_path: Path, orientation: int, format: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture(size=(8, 6)).save(tmp_path / "a.png", format=format, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
-    assert upright.size == ((8, 6) if orientation < 5 else (6, 8))
-    assert torch.equal(pixels(tmp_path / "a.png"), as_tensor(upright))
-
-
-@pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP")])
-def test_transparency_is_laid_over_white(tmp_path: Path, mode: str, format: str) -> None:
-    image = picture(mode=mode)
-    image.save(tmp_path / "a.png", format=format, **({"lossless": True, "exact": True} if format == "WEBP" else {}))
-    values = np.asarray(image).astype(float)
-    colour, alpha = values[..., :-1], values[..., -1:] / 255
-    expected = np.broadcast_to(colour * alpha + 255 * (1 - alpha), (6, 8, 3)).transpose(2, 0, 1)
-    assert np.abs(pixels(tmp_path / "a.png").numpy() - expected).max() <= 1
-
-
-def test_a_palette_with_a_transparent_colour(tmp_path: Path) -> None:
-    image = Image.new("P", (4, 2), 0)
-    image.putpalette([200, 10, 10, 0, 0, 250])
-    image.paste(1, (2, 0, 4, 2))
-    image.save(tmp_path / "a.png", transparency=0)
-    found = pixels(tmp_path / "a.png")
-    assert found[:, 0, 0].tolist() == [255, 255, 255]
-    assert found[:, 0, 3].tolist() == [0, 0, 250]
-
-
-def test_grey_of_16_bits_and_colours_for_print(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 128 * 257, 65535]], dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert pixels(tmp_path / "grey.png")[:, 0].tolist() == [[0, 128, 255]] * 3
-    Image.new("1", (2, 2), 1).save(tmp_path / "bit.png")
-    assert pixels(tmp_path / "bit.png").unique().tolist() == [255]
-    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "print.jpg")
-    assert pixels(tmp_path / "print.jpg").min() >= 254
-
-
-def test_of_an_animation_the_first_frame_counts(tmp_path: Path) -> None:
-    first, second = picture(1), picture(2)
-    first.save(tmp_path / "a.webp", save_all=True, append_images=[second], lossless=True)
-    (tmp_path / "a.png").write_bytes(png_bytes([first, second], {"prompt": "a dog"}))
-    assert torch.equal(pixels(tmp_path / "a.webp"), as_tensor(first))
-    assert torch.equal(pixels(tmp_path / "a.png"), as_tensor(first))
-
-
 # --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("chunks", "prompt"),
-    [
-        ({"prompt": "two cäts "}, "two cäts"),
-        ({"prompt": '{"3": {"class_type": "KSampler"}}'}, None),  # ComfyUI's graph
-        ({"prompt": " "}, None),
-        ({"parameters": "a dog"}, None),
-        ({}, None),
-    ],
-)
-def test_the_prompt_is_read_from_the_text_chunk(tmp_path: Path, chunks: dict[str, str], prompt: str | None) -> None:
-    (tmp_path / "a.png").write_bytes(png_bytes([picture()], chunks))
-    assert scoring.read_head(tmp_path / "a.png") == Found(tmp_path / "a.png", prompt)
 
 
 def found(*prompts: str | None) -> list[Found]:
@@ -246,7 +108,7 @@ def test_each_score_is_that_of_the_picture_alone_whatever_its_size(tmp_path: Pat
     assert sorted(one.path.name for one in results) == [f"{number}.png" for number in range(6)]
     for one in results:
         assert isinstance(one, Scored)
-        alone = reward(pixels(one.path)[None].float() / 255, [one.prompt])
+        alone = reward(as_tensor(Image.open(one.path))[None].float() / 255, [one.prompt])
         assert one.score == pytest.approx(alone.total.item(), abs=1e-5)
         assert set(one.parts) == {"clip", "jpeg", "jpeg_kb"}
         assert one.parts["jpeg_kb"] == pytest.approx(alone.parts["jpeg_kb"].item())

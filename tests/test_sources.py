@@ -25,10 +25,10 @@ from alignprop_pipe.cli.planning import SettingsFile
 from alignprop_pipe.errors import AlignError, HubError, PipelineError, RewardError
 from alignprop_pipe.inspection import inspect_adapter
 from alignprop_pipe.mixing import mix
+from alignprop_pipe.picture_files import find_pictures
 from alignprop_pipe.rewards.python import load_module
 from alignprop_pipe.rewards.weights import place_of
 from alignprop_pipe.runs import check_place, read_metrics
-from alignprop_pipe.scoring import find_pictures
 from alignprop_pipe.sources import HubName, exists, expanded, hub_hint, is_file, is_folder, on_hub
 
 NAMES = [

@@ -161,7 +161,7 @@ class ScoreRequest(Computing):
     """What `alignprop score` is asked for."""
 
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES", help="PNG, JPEG or WebP files, or folders of them, at any depth")
+        list[Path], typer.Argument(metavar="IMAGES", help="picture files, or folders of them, at any depth")
     ]
     reward: Annotated[
         str | None,

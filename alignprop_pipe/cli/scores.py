@@ -17,9 +17,10 @@ from alignprop_pipe.files import write_whole
 from alignprop_pipe.sources import expanded, is_folder
 
 if TYPE_CHECKING:
+    from alignprop_pipe.picture_files import Found, Skipped
     from alignprop_pipe.rewards.base import Reward
     from alignprop_pipe.rewards.entries import RewardEntry
-    from alignprop_pipe.scoring import Found, Scored, Skipped, Task, Trial
+    from alignprop_pipe.scoring import Scored, Task, Trial
 
 SCORE_EXAMPLES = """[bold]Examples[/]
 
@@ -60,9 +61,9 @@ def score(request: ScoreRequest) -> None:
     with console.waiting(output, f"loading reward {request.reward or ''}"):
         with problems.noted():
             reward = open_reward(request.reward, request, output) if request.reward else None
+        from alignprop_pipe.picture_files import Found, find_pictures
         from alignprop_pipe.prompts import PromptSet
         from alignprop_pipe.rewards.network import doubt_about
-        from alignprop_pipe.scoring import Found, find_pictures
 
         with problems.noted():
             heads = find_pictures(request.images)
