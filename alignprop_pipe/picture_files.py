@@ -139,7 +139,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def _texts(image: Image.Image) -> dict[str, str]:
     """The texts in a file's head, and those of its EXIF by their tags' names."""
-    found = {name: text for name, text in image.info.items() if isinstance(text, str)}
+    found = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
     exif = image.getexif()
     for tag in (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.ImageDescription):
         if isinstance(text := exif.get(tag), str):

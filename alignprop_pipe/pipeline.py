@@ -44,7 +44,7 @@ from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, l
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.judge import knows
 from alignprop_pipe.rewards.likeness import free_judge
-from alignprop_pipe.rewards.network import check_fits, check_sources
+from alignprop_pipe.rewards.network import check_fits, check_sources, cuts_in
 from alignprop_pipe.rewards.registry import as_reward, parse_reward
 from alignprop_pipe.rollout import autograd_on
 from alignprop_pipe.runs import RunFolder, check_place
@@ -488,16 +488,7 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> N
         logger.warning("trained on top of LoRA %s: the adapter belongs with it, use them together", other)
     for guard in stock.guards_on(pipe):
         logger.warning("%s is switched off while training, because it stops the gradient; it is back afterwards", guard)
-    lost = {prompt: words for prompt in prompts.prompts if (words := stock.lost_words(pipe, prompt))}
-    if lost:
-        prompt, words = next(iter(lost.items()))
-        logger.warning(
-            "%d of %d prompts are longer than the tokenizer takes; of %r these words are lost: %r",
-            len(lost),
-            len(prompts.prompts),
-            prompt,
-            words,
-        )
+    stock.tell_lost_words(pipe, prompts.prompts)
 
 
 def open_run(state: Training, out: str | Path, reward: Reward, given: Any, prompts: PromptSet) -> RunFolder:
@@ -659,6 +650,7 @@ def result_of(session: Session, status: str, *, interrupted: bool) -> AlignResul
         chosen_from=len(looks) if config.evaluation.keep_best and after is not None else 0,
         followed=state.followed,
         trained_on=state.prompts.words,
+        cuts=cuts_in((state.reward, *state.judges), (*state.prompts.train.prompts, *state.prompts.evidence.prompts)),
     )
 
 
@@ -673,7 +665,7 @@ def write_down(run: RunFolder, result: AlignResult) -> None:
     facts = {"kept_step": result.kept_step, "followed": result.followed, "chosen_from": result.chosen_from}
     facts |= {"trained_on": result.trained_on, "choice": result.choice}
     facts |= {} if result.after is None else {"evidence_of": result.after.what}
-    run.finish(result.changes, result.stopped or "completed", facts)
+    run.finish(result.changes, result.stopped or "completed", facts, result.cuts)
 
 
 def give_up(session: Session, error: BaseException) -> None:

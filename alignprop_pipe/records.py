@@ -125,6 +125,21 @@ class StepRecord:
         return "it made weights that no adapter has" if is_finite else "loss or gradient not finite"
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Texts that a reward cannot read to their end: how many, and the first of them with its length in tokens.
+
+    `read` is how many tokens the reward reads. `what` they are: prompts, or the question of `ask`.
+    """
+
+    reward: str
+    first: str
+    tokens: int
+    read: int
+    count: int = 1
+    what: str = "prompt"
+
+
 class Change(NamedTuple):
     """A held-out score before and after, and the standard error of the mean of the paired differences (NaN of one)."""
 

@@ -19,7 +19,7 @@ from alignprop_pipe.escaping import in_html as escape
 from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.files import write_whole
 from alignprop_pipe.layout import ADAPTER
-from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.records import Change, Cut, Evidence, StepRecord
 from alignprop_pipe.summary import warnings_of
 
 
@@ -55,6 +55,7 @@ class RunSummary:
     pairs_caption: str = ""
     status: str = "completed"
     adapters: Sequence[str] = ()
+    cuts: Sequence[Cut] = ()
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -108,7 +109,9 @@ def write_report_html(run: RunSummary, path: str | Path) -> None:
     if choice := about.get("result", {}).get("choice"):
         sentences.append(f"Kept: {choice}.")
     loss = loss_from_text(about["config"]["loss"])
-    warnings = [one.text for one in warnings_of(before, after, run.changes, loss=loss, status=run.status)]
+    warnings = [
+        one.text for one in warnings_of(before, after, run.changes, loss=loss, status=run.status, cuts=run.cuts)
+    ]
     prompts = about["prompts"]
     where = f"prompts: {prompts}" if isinstance(prompts, str) else f"{len(prompts)} prompts, listed in config.json"
     steps = f"{len(run.records)} step{'s' * (len(run.records) != 1)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.escaping import in_html, one_line
-from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.records import Change, Cut, Evidence, StepRecord
 from alignprop_pipe.summary import RunWarning, best_of, paired_change, warnings_of
 
 
@@ -21,7 +21,7 @@ class AlignResult:
     taken at it. `stopped` says why a run ended early and is empty where it did not. `trained_on` says how many prompts
     were trained on and held out, in words; `followed` what the kept adapter was chosen by; `chosen_from` is the number
     of looks that it was chosen from: with more than one, its scores there are a little better than they would be on
-    other prompts (`choice` says so).
+    other prompts (`choice` says so). `cuts` are the prompts that a reward or a judge could not read to their end.
     """
 
     reward: str
@@ -40,6 +40,7 @@ class AlignResult:
     chosen_from: int = 0
     followed: str = ""
     trained_on: str = ""
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def choice(self) -> str:
@@ -54,7 +55,7 @@ class AlignResult:
     @property
     def warnings(self) -> tuple[RunWarning, ...]:
         """What the evidence warns of, the worst first, such as an adapter that is worse than the base model."""
-        return warnings_of(self.before, self.after, self.changes, loss=self.config.loss)
+        return warnings_of(self.before, self.after, self.changes, loss=self.config.loss, cuts=self.cuts)
 
     def rows(self) -> list[tuple[str, str]]:
         """The result in words, as pairs for a table; the warnings are the last of them."""

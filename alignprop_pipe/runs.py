@@ -28,7 +28,7 @@ from alignprop_pipe.images import png_bytes, to_pil
 from alignprop_pipe.layout import ADAPTER, CONFIG, CURVE, METRICS, REPORT, SHEET
 from alignprop_pipe.pairs import caption as pairs_caption
 from alignprop_pipe.pairs import is_right, label, shown_pairs
-from alignprop_pipe.records import Change, Evidence, StepRecord
+from alignprop_pipe.records import Change, Cut, Evidence, StepRecord
 from alignprop_pipe.sources import exists, is_folder
 from alignprop_pipe.summary import best_of, warnings_of
 
@@ -184,6 +184,7 @@ class RunFolder:
         changes: Mapping[str, tuple[float, float, float, float]] | None = None,
         status: str = "completed",
         facts: Mapping[str, Any] | None = None,
+        cuts: Sequence[Cut] = (),
     ) -> Path:
         """Write the curve, the pictures, the report and the result in `config.json`; returns the report's path.
 
@@ -193,6 +194,7 @@ class RunFolder:
             status: how the run ended, in a few words, such as "interrupted after 12 of 60 steps".
             facts: what else the result in `config.json` holds, such as `kept_step`: without a look at the adapter of
                 that step there are no pictures of after.
+            cuts: prompts that a reward or a judge could not read to their end.
 
         Raises:
             RunError: a file cannot be written.
@@ -203,7 +205,7 @@ class RunFolder:
             self._newest = None  # it is of another adapter
         before, after = self.before, self.after
         loss = loss_from_text(self.about["config"]["loss"])
-        warnings = warnings_of(before, after, named, loss=loss, status=status)
+        warnings = warnings_of(before, after, named, loss=loss, status=status, cuts=cuts)
         self.about["result"] = {
             "status": status,
             "ended": _now(),
@@ -220,11 +222,11 @@ class RunFolder:
             drawings.draw_before_after(before, after, self.path / SHEET)
         self._draw_curve()
         path = self.path / REPORT
-        report.write_report_html(self._summary(named, status), path)
+        report.write_report_html(self._summary(named, status, cuts), path)
         _point_latest(self.path)
         return path
 
-    def _summary(self, changes: Mapping[str, Change], status: str) -> report.RunSummary:
+    def _summary(self, changes: Mapping[str, Change], status: str, cuts: Sequence[Cut]) -> report.RunSummary:
         before, after = self.before, self.after
         pairs: list[report.Pair] = []
         caption = ""
@@ -242,6 +244,7 @@ class RunFolder:
             pairs=pairs,
             pairs_caption=caption,
             status=status,
+            cuts=cuts,
             adapters=tuple(sorted(file.name for file in self.path.glob("adapter*.safetensors"))),
         )
 

@@ -52,6 +52,7 @@ def sample_pictures(
     """
     for number, prompt in enumerate(prompts, start=1):
         check_whole(prompt, f"prompt {number}")
+    stock.tell_lost_words(pipe, prompts)
     wanted = [(prompt, number) for prompt in prompts for number in range(num)]
     room.check_drawing(pipe, sampling, call_kwargs, min(batch_size, len(wanted)))
     for first in range(0, len(wanted), batch_size):

@@ -9,6 +9,7 @@ back as it was.
 import copy
 import functools
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignprop_pipe.config import SamplingOptions
 from alignprop_pipe.errors import PipelineError
+
+logger = logging.getLogger(__name__)
 
 GUARDS = ("safety_checker", "watermark")
 """Attributes of stock pipelines that look at finished pictures outside torch, and so cut the gradient."""
@@ -487,3 +490,17 @@ def lost_words(pipe: DiffusionPipeline, prompt: str) -> str:
             kept = part.model_max_length - 1  # the end token takes the last place
             lost.append(part.decode(tokens[kept:], skip_special_tokens=True) if len(tokens) > kept + 1 else "")
     return min(lost, key=len, default="").strip()
+
+
+def tell_lost_words(pipe: DiffusionPipeline, prompts: Sequence[str]) -> None:
+    """Say how many prompts are longer than the pipeline reads, and what is lost of the first."""
+    lost = {prompt: words for prompt in prompts if (words := lost_words(pipe, prompt))}
+    if lost:
+        prompt, words = next(iter(lost.items()))
+        logger.warning(
+            "%d of %d prompts are longer than the tokenizer takes; of %r these words are lost: %r",
+            len(lost),
+            len(prompts),
+            prompt,
+            words,
+        )

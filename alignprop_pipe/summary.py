@@ -13,7 +13,7 @@ from typing import Literal
 
 from alignprop_pipe.choices import Hinge, Loss, Maximize, Target
 from alignprop_pipe.errors import AlignError
-from alignprop_pipe.records import Change, Evidence, StepRecord, part_of
+from alignprop_pipe.records import Change, Cut, Evidence, StepRecord, part_of
 
 Kind = Literal[
     "not-finite",
@@ -22,6 +22,7 @@ Kind = Literal[
     "judge-fell",
     "pictures-collapsed",
     "diversity-fell",
+    "prompts-cut",
     "not-finished",
     "no-evidence",
     "few-pictures",
@@ -74,6 +75,7 @@ def warnings_of(
     status: str = "",
     judges: Collection[str] | None = None,
     diversity: Change | None = None,
+    cuts: Sequence[Cut] = (),
 ) -> tuple[RunWarning, ...]:
     """Everything that whoever uses the adapter should be warned of, the worst first; nothing for a good run.
 
@@ -86,6 +88,7 @@ def warnings_of(
         judges: names in `changes` that were never trained on; default: those of `after`. Where `after` names its
             judges, only these and their attributes count: what a judge logs besides may fall for the better.
         diversity: default: that of the two looks.
+        cuts: prompts that a reward or a judge could not read to their end.
     """
     names = tuple(after.judges if judges is None and after is not None else judges or ())
     if after is not None and after.judge_names:
@@ -97,6 +100,7 @@ def warnings_of(
         *_judges(look),
         *_pictures(look),
         *_diversity(diversity or diversity_change(before, after)),
+        *cut_warnings(cuts),
         *_status(status),
         *_evidence(look),
     )
@@ -122,6 +126,19 @@ class Watch:
         fresh = [one for one in self.holding if (one.kind, one.score) not in self._told]
         self._told |= {(one.kind, one.score) for one in fresh}
         return fresh
+
+
+def cut_warnings(cuts: Sequence[Cut]) -> Iterator[RunWarning]:
+    """A warning for each reward that could not read all of its prompts."""
+    for cut in cuts:
+        number = f"{cut.count} {cut.what}s are" if cut.count > 1 else f"a {cut.what} is"
+        shown = cut.first if len(cut.first) <= 60 else f"{cut.first[:59]}…"
+        yield RunWarning(
+            "prompts-cut",
+            f"{number} longer than the {cut.read} tokens that {cut.reward} reads; what stands behind them "
+            f"changes no score. {'The first' if cut.count > 1 else 'It'} has {cut.tokens} tokens: {shown!r}.",
+            cut.reward,
+        )
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------

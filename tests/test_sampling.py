@@ -56,3 +56,11 @@ def test_side_by_side_enlarges_small_pictures_and_keeps_large_ones() -> None:
 def test_png_keeps_text_of_any_alphabet() -> None:
     opened = Image.open(io.BytesIO(png_bytes([picture("red")], {"prompt": "zwei Hunde 狐 🦊"})))
     assert opened.text["prompt"] == "zwei Hunde 狐 🦊"  # type: ignore[attr-defined]
+
+
+def test_words_that_the_pipeline_does_not_read_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = miniatures.FAMILIES["sd15"].make()
+    list(sample_pictures(pipe, ["a dog", " ".join(["dog"] * 100 + ["cat"])], SamplingOptions(num_inference_steps=1)))
+    (said,) = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert said.startswith("1 of 2 prompts are longer")
+    assert said.endswith("cat'")

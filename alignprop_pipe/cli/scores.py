@@ -190,7 +190,9 @@ def _say_skipped(one: "Skipped", output: console.Output) -> None:
 
 def _tell(outcome: Outcome, reward: "Reward", request: ScoreRequest, output: console.Output) -> None:
     """The table, the files that were asked for, and the line that stays under --quiet."""
+    from alignprop_pipe.rewards.network import cuts_in
     from alignprop_pipe.scoring import mean_and_deviation
+    from alignprop_pipe.summary import cut_warnings
 
     scored, failed = outcome.scored, outcome.failed
     columns = _columns(scored)
@@ -204,7 +206,10 @@ def _tell(outcome: Outcome, reward: "Reward", request: ScoreRequest, output: con
         _write_csv(scored, columns, request.csv)
     mean, deviation = spreads["score"]
     facts = {name: {"mean": mean, "deviation": deviation} for name, (mean, deviation) in spreads.items()}
-    output.record("summary", {"reward": str(reward), "pictures": len(scored), "skipped": failed, "columns": facts})
+    warnings = list(cut_warnings(cuts_in([reward], [one.prompt for one in scored])))
+    output.warn(warnings)
+    told = {"pictures": len(scored), "skipped": failed, "columns": facts, "warnings": warnings}
+    output.record("summary", {"reward": str(reward), **told})
     words = [f"{console.counted(len(scored), 'picture')} scored"] + [f"{failed} skipped"] * bool(failed)
     if scored:
         words += [f"mean {mean:.4g}"] + [f"standard deviation {deviation:.2g}"] * math.isfinite(deviation)
@@ -333,10 +338,13 @@ def check(request: CheckRequest) -> None:
     device = find_device(request.device)
     with console.waiting(output, f"trying {request.reward} on {device}"):
         reward = open_reward(request.reward, request, output)
+        from alignprop_pipe.rewards.network import cuts_in
         from alignprop_pipe.scoring import on_trial, random_batch, try_reward
+        from alignprop_pipe.summary import cut_warnings
 
         images, batch = random_batch(request.batch_size, request.size, request.prompt, device)
         trials = [try_reward(one, images, batch) for one in on_trial(reward)]
+    output.warn(list(cut_warnings(cuts_in([reward], batch.prompts))))
     for trial in trials:
         output.record("check", {**console.plain(trial), "ok": not trial.refusal})
     titles = ("reward", "score", "gradient", "seconds", "weights MB", "batch MB", "")

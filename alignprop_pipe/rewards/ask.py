@@ -83,10 +83,15 @@ class Ask(NetworkReward):
             raise RewardError(f"{self.model!r} is a {family!r} model; ask can ask: {known}")
         return load_network(getattr(transformers, _FAMILIES[family][0]), source, self.revision)
 
+    def text_of(self, prompt: str) -> str:
+        return self.question.replace("{prompt}", prompt)
+
     def rate(self, network: Any, images: Images, prompts: list[str], targets: Targets) -> Rewards:
         answers = [self._words(text, add_special_tokens=False).input_ids for text in (self.answer, self.against)]
         room = network.config.get_text_config().max_position_embeddings - max(map(len, answers)) - 1
-        questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
+        questions = list(map(self.text_of, prompts))
+        for question in dict.fromkeys(questions):
+            self.note_length(question, len(self._words(question, verbose=False).input_ids), room, "question")
         words = self._words(questions, truncation=True, max_length=room).input_ids
         _, odds = _FAMILIES[network.config.model_type]
         return odds(network, self._preprocess(images), words, answers).to(images.dtype)

@@ -44,17 +44,22 @@ class TwoTowers(NetworkReward):
         said = torch.stack([self._text(network, prompt, images.dtype) for prompt in prompts]).to(seen)
         return self.factor * (seen * said).sum(dim=-1)
 
-    def clean(self, prompt: str) -> str:
-        """The prompt as the tokenizer gets it."""
-        return prompt
+    def read(self, config: Any, prompt: str) -> dict[str, Tensor]:
+        """What the text tower takes for one prompt, cut where the tower ends."""
+        limit = config.text_config.max_position_embeddings
+        is_clip = config.model_type == "clip"
+        # SigLIP learnt from lower-case texts padded to their full length (arXiv 2303.15343, 2502.14786); the tokenizer
+        # that is published with SigLIP 2 keeps capitals. No mask hides the padding: the published ones give none.
+        text = prompt if is_clip else prompt.lower()
+        self.note_length(prompt, len(self.tokenizer(text, verbose=False).input_ids), limit)
+        full = {} if is_clip else {"padding": "max_length"}
+        return dict(self.tokenizer([text], truncation=True, max_length=limit, return_tensors="pt", **full))
 
     def _text(self, network: Any, prompt: str, dtype: torch.dtype) -> Tensor:
         """The embedding of one prompt. Each is computed alone, so that it does not depend on its neighbours."""
         key = (prompt, network.dtype)
         if key not in self._texts:
-            text = self.clean(prompt)
-            self.tell_if_cut(self.tokenizer, text, network.config.text_config.max_position_embeddings)
-            tokens = text_inputs(self.tokenizer, network.config, text)
+            tokens = self.read(network.config, prompt)
             features = network.get_text_features(**{name: ids.to(network.device) for name, ids in tokens.items()})
             if len(self._texts) >= KEPT_PROMPTS:
                 del self._texts[next(iter(self._texts))]
@@ -106,17 +111,6 @@ def load_towers(source: str, revision: str | None, name: str, families: tuple[st
         needed = " or ".join(NEEDED[family] for family in families if family in NEEDED)
         raise RewardError(f"{source!r} is a {type(network).__name__}; the reward {name!r} needs {needed}")
     return network
-
-
-def text_inputs(tokenizer: Any, config: Any, prompt: str) -> dict[str, Tensor]:
-    """What the text tower takes for one prompt, cut where the tower ends."""
-    limit = config.text_config.max_position_embeddings
-    if config.model_type == "clip":
-        return dict(tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt"))
-    # SigLIP learnt from lower-case texts padded to their full length (arXiv 2303.15343, 2502.14786); the tokenizer that
-    # is published with SigLIP 2 keeps capitals. No mask hides the padding: the published tokenizers give none.
-    text = prompt.lower()
-    return dict(tokenizer([text], padding="max_length", truncation=True, max_length=limit, return_tensors="pt"))
 
 
 def unit(features: Any, dtype: torch.dtype) -> Tensor:

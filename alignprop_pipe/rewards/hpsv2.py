@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.rewards.clip import TwoTowers
-from alignprop_pipe.rewards.open_clip import cleaned, clip_names
+from alignprop_pipe.rewards.open_clip import clip_names, token_ids
 from alignprop_pipe.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from alignprop_pipe.rewards.pretrained import load_config, load_tokenizer
 from alignprop_pipe.rewards.weights import check_fit, load_tensors, locate
@@ -71,8 +71,12 @@ class HpsV2(TwoTowers):
         self.preprocess = Preprocess(side, None, CLIP_MEAN, CLIP_STD, letterbox=True)
         return network
 
-    def clean(self, prompt: str) -> str:
-        return cleaned(prompt)  # as the authors' tokenizer, which is open_clip's
+    def read(self, config: Any, prompt: str) -> dict[str, Tensor]:
+        limit = config.text_config.max_position_embeddings
+        ids = token_ids(self.tokenizer, prompt)
+        self.note_length(prompt, len(ids), limit)
+        ids = ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+        return {"input_ids": torch.tensor([ids])}
 
     def _also_needs(self) -> str:
         return (

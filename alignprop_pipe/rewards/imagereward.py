@@ -93,7 +93,7 @@ class ImageReward(NetworkReward):
     def rate(self, network: "RankedBlip", images: Images, prompts: list[str], targets: Targets) -> Rewards:
         longest = min(MAX_TOKENS, network.text_encoder.config.max_position_embeddings)
         for prompt in prompts:
-            self.tell_if_cut(self._words, prompt, longest)
+            self.note_length(prompt, len(self._words(prompt, verbose=False).input_ids), longest)
         # Always as long as the longest, as the authors do it; what is added is masked out.
         tokens = self._words(prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
         tokens = tokens.to(images.device)

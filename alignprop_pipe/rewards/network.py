@@ -7,6 +7,7 @@ images. With `offload` it visits the images' device for one score at a time.
 import inspect
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from alignprop_pipe.bundled import is_bundled
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.records import Cut, Images, Rewards, Targets
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.weights import place_of
 
@@ -36,7 +37,6 @@ class NetworkReward(Reward):
             is then computed at once, so that neither network nor activations wait for the backward pass.
     """
 
-    _has_told_of_a_cut = False
     sources: tuple[str, ...] = ()
     """The arguments that name folders, files or repositories on the Hub: looked at before anything is loaded."""
     for_other_pictures: str = ""
@@ -49,6 +49,7 @@ class NetworkReward(Reward):
             raise RewardError(f"{self.name}(dtype={dtype!r}): one of {', '.join(DTYPES)} is needed")
         self.model, self.revision, self.dtype, self.offload = str(model), revision, dtype, offload
         self._network: Any = None
+        self._cuts: dict[str, Cut] = {}
 
     def left_out(self, argument: str) -> bool:
         """Whether it takes this argument and was made without it."""
@@ -94,22 +95,32 @@ class NetworkReward(Reward):
         dtype = torch.float64 if images.dtype == torch.float64 else DTYPES[self.dtype]
         return self._network.to(images.device, dtype)
 
-    def tell_if_cut(self, tokenizer: Any, text: str, longest: int) -> None:
-        """Say, of the first prompt that is longer than the network reads, how much of it is read."""
-        if self._has_told_of_a_cut or len(text) < longest:  # no token is shorter than a letter
+    def note_length(self, text: str, tokens: int, read: int, what: str = "prompt") -> None:
+        """Remember a text of which the network reads `read` of its `tokens` only; the first one is told."""
+        if tokens <= read or text in self._cuts:
             return
-        count = len(tokenizer(text, verbose=False).input_ids)
-        if count > longest:
-            self._has_told_of_a_cut = True
+        if not self._cuts:
             shown = text if len(text) <= 60 else f"{text[:59]}…"
             logger.warning(
-                "the reward %s reads the first %d of the %d tokens of the prompt %r, and no more of any other; what is "
+                "the reward %s reads the first %d of the %d tokens of the %s %r, and no more of any other; what is "
                 "cut off changes no score",
                 self.name,
-                longest,
-                count,
+                read,
+                tokens,
+                what,
                 shown,
             )
+        self._cuts[text] = Cut(self.name, text, tokens, read, what=what)
+
+    def text_of(self, prompt: str) -> str:
+        """What is read for a prompt, where that is not the prompt itself."""
+        return prompt
+
+    def cut(self, prompts: Iterable[str]) -> Cut | None:
+        """Which of these prompts were longer than the network reads, of those that were scored; None: none."""
+        texts = dict.fromkeys(map(self.text_of, prompts)) if self._cuts else {}
+        found = [self._cuts[text] for text in texts if text in self._cuts]
+        return replace(found[0], count=len(found)) if found else None
 
     def to(self, device: torch.device | str) -> "Reward":
         """Move the network, if it is loaded, unless it is offloaded."""
@@ -150,6 +161,13 @@ def what_to_name(scorer: NetworkReward) -> str:
         f"the reward {name!r} without a model takes the bundled scorer, which knows emoji pictures alone: name one "
         f'with model=, as in {name}(model="{other}"), or {name}(model="emoji") to take the bundled one on purpose'
     )
+
+
+def cuts_in(rewards: Iterable[Reward], prompts: Iterable[str]) -> tuple[Cut, ...]:
+    """What the scorers in these rewards did not read of these prompts, each name once."""
+    prompts = list(prompts)
+    scorers = (one for reward in rewards for one in members(reward) if isinstance(one, NetworkReward))
+    return tuple(dict.fromkeys(found for one in scorers if (found := one.cut(prompts))))
 
 
 def usable(network: nn.Module) -> bool:

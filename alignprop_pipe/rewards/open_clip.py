@@ -1,7 +1,8 @@
-"""What open_clip does otherwise than transformers: the names of a CLIP's weights, and the cleaning of texts."""
+"""What open_clip does otherwise than transformers: the names of a CLIP's weights, and its tokens of a text."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ _INSIDE = {
 }
 _MARK = "visual.class_embedding"
 _LEFT_OUT = ("attn_mask", "position_ids")
+_START, _END = "<start_of_text>", "<end_of_text>"
+_WORDS = rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
 
 
 def clip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,11 +65,35 @@ def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{layer}.self_attn.{part}_proj.{kind}": piece.contiguous() for part, piece in parts}
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as open_clip's `SimpleTokenizer` makes them, first and last one included, of any length.
+
+    `tokenizer` is a CLIPTokenizer, of which only the vocabulary and the merges are used: its normalizer composes
+    letters that were composed before they were made small, and it takes its own marks for marks where they stand in a
+    text. open_clip takes its own, `<start_of_text>` and `<end_of_text>`.
+    """
+    ends = {_START: tokenizer.bos_token_id, _END: tokenizer.eos_token_id}
+    return [ends[_START], *_inner_ids(tokenizer.backend_tokenizer.model, cleaned(text), ends), ends[_END]]
+
+
+def _inner_ids(merges: Any, text: str, ends: Mapping[str, int]) -> Iterator[int]:
+    import regex
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters_of = ByteLevel(add_prefix_space=False, use_regex=False)
+    for word in regex.findall(_WORDS, text, regex.IGNORECASE):
+        if word in ends:
+            yield ends[word]
+        else:
+            for letters, _ in letters_of.pre_tokenize_str(word):
+                yield from (token.id for token in merges.tokenize(letters))
+
+
 def cleaned(text: str) -> str:
-    """A text as open_clip's tokenizer cleans it before it splits it into tokens (`SimpleTokenizer`, as OpenAI's CLIP).
+    """A text as open_clip cleans it before it splits it into words.
 
     Broken Unicode, ligatures, wide letters and curly quotes are mended by ftfy, HTML's names of characters are
-    resolved, twice, and blanks joined; lower case. The tokenizers of transformers do not do the first two.
+    resolved, twice, and blanks joined; lower case.
     """
     import ftfy
 
