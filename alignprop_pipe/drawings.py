@@ -3,6 +3,7 @@
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -300,8 +301,8 @@ def _look_line(
     steps, heights = [looks[i].step for i in order], [_finite(values[i]) for i in order]
     # Names come from anybody: matplotlib reads $ as mathematics, leaves out what begins with an underscore, and makes
     # room for a long one until no curve is left.
-    label = one_line(name)
-    label = (label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…").replace("$", r"\$")
+    lines = textwrap.wrap(one_line(name), LONGEST_LABEL, max_lines=4, placeholder="…") or [""]
+    label = "\n".join(lines).replace("$", r"\$")
     label = f" {label}" if label.startswith("_") else label
     axes.plot(steps, heights, color=color, lw=1.2, ls="--", marker="o", ms=5, label=label, zorder=3)
     for height in [_finite(values[i]) for i in order if looks[i].step == ring][-1:]:
