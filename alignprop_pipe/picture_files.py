@@ -28,6 +28,8 @@ LARGEST_TEXT = 64 * 2**20
 """Bytes of a compressed text or colour profile in a PNG: a ComfyUI graph has more than the 1 MiB that Pillow takes."""
 CHARSETS = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16-be", b"JIS\0\0\0\0\0": "iso2022_jp", b"\0" * 8: "utf-8"}
 """How the comment in EXIF begins -> its encoding."""
+MOST_OTHERS = 200_000
+"""Files that are no pictures, in the folders of one place; a folder with more was hardly meant (a home, a system)."""
 _LIMITS = threading.Lock()
 
 Pixels = UInt8[Tensor, "3 height width"]
@@ -58,7 +60,7 @@ def find_pictures(places: Iterable[Path]) -> list[Found | Skipped]:
     """Every file among `places`, and all picture files in the folders among them, at any depth.
 
     A file counts once. Sheets of several pictures (`grid.png` of `alignprop sample`) are left out of folders. Raises
-    PromptError for a place that is not there, and where there is no picture at all.
+    PromptError for a place that is not there or a whole file system, and where there is no picture at all.
     """
     found: dict[Path, Found | Skipped] = {}
     places = [expanded(place) for place in places]
@@ -74,9 +76,20 @@ def find_pictures(places: Iterable[Path]) -> list[Found | Skipped]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
+    whole = folder.resolve()
+    if whole == Path(whole.anchor):
+        raise PromptError(f"{str(folder)!r} is a whole file system; name a folder of pictures in it")
+    others = 0
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(where, name) for name in sorted(files) if _is_picture(name))
+        pictures = [name for name in sorted(files) if _is_picture(name)]
+        others += len(files) - len(pictures)
+        if others > MOST_OTHERS:
+            raise PromptError(
+                f"{str(folder)!r} holds more than {MOST_OTHERS} files that are no pictures; name the folders of "
+                "pictures in it"
+            )
+        yield from (Path(where, name) for name in pictures)
 
 
 def _is_picture(name: str) -> bool:

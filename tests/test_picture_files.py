@@ -1,5 +1,6 @@
 """Picture files: which are found, what their heads say, and their pixels as people see them."""
 
+import os
 import zlib
 from pathlib import Path
 
@@ -47,6 +48,31 @@ def test_places_without_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="nowhere"):
         picture_files.find_pictures([tmp_path / "nowhere"])
     with pytest.raises(PromptError, match=r"no .*\.png.* in .*" + tmp_path.name):
+        picture_files.find_pictures([tmp_path])
+
+
+def test_a_whole_file_system_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = []
+    monkeypatch.setattr(os, "walk", lambda folder: visited.append(folder) or iter(()))
+    monkeypatch.chdir(tmp_path)
+    for place in ("/", "../" * 40, "/usr/.."):
+        with pytest.raises(PromptError, match="whole file system"):
+            picture_files.find_pictures([Path(place)])
+    assert visited == []
+
+
+def test_a_folder_that_is_not_one_of_pictures_is_looked_through_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture_files, "MOST_OTHERS", 5)
+    for number in range(5):
+        (tmp_path / f"{number}.txt").touch()
+    for number in range(9):
+        picture().save(tmp_path / f"{number}.png")
+    assert len(picture_files.find_pictures([tmp_path])) == 9
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "6.txt").touch()
+    with pytest.raises(PromptError, match="more than 5 files that are no pictures"):
         picture_files.find_pictures([tmp_path])
 
 
