@@ -226,13 +226,19 @@ def _place(key: str, entry: Any) -> tuple[int, int]:
         raise ValueError(f"{key!r} is not described by dtype, shape and data_offsets")
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     size = {**FLOATS, **INTEGERS}.get(name) if isinstance(name, str) else None
-    if size is None or (name in INTEGERS and not key.endswith(".alpha")):
+    if size is None or (name in INTEGERS and not _may_hold_integers(key)):
         raise ValueError(f"{key!r} has the number format {name!r}, which no adapter has")
     if not _are_sizes(shape) or len(shape) > 8:
         raise ValueError(f"{key!r} has no shape")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * size:
         raise ValueError(f"{key!r} takes other bytes than its shape needs")
     return offsets[0], offsets[1]
+
+
+def _may_hold_integers(key: str) -> bool:
+    """Alpha, and whatever is no matrix of a plain LoRA, which is refused by its name and not as damaged."""
+    found = split_key(key)
+    return found is None or found[1] == "alpha"
 
 
 def _are_sizes(value: Any) -> bool:
@@ -348,7 +354,7 @@ def _check_tensors(found: Mapping[str, Any], size: int) -> None:
     for key, tensor in found.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{key!r} is no plain tensor")
-        if not (tensor.is_floating_point() or key.endswith(".alpha")):
+        if not (tensor.is_floating_point() or _may_hold_integers(key)):
             raise ValueError(f"{key!r} has the number format {tensor.dtype}, which no adapter has")
         if tensor.numel() * tensor.element_size() > size:
             raise ValueError(f"{key!r} claims more bytes than the file has")
