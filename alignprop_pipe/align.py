@@ -23,7 +23,15 @@ from alignprop_pipe import lora, states, stock
 from alignprop_pipe.choices import Hinge
 from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardValueError, TrainingDiverged
-from alignprop_pipe.evidence import Rendered, assess, followed_judge, followed_words, judges_of, render
+from alignprop_pipe.evidence import (
+    Rendered,
+    assess,
+    followed_judge,
+    followed_words,
+    judges_of,
+    render,
+    with_chosen_judge,
+)
 from alignprop_pipe.loss import loss_of
 from alignprop_pipe.prompts import PromptSet, Split
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Rollout, Scores, StepRecord, Videos
@@ -213,6 +221,7 @@ def start(
     denoisers = usable_denoisers(pipe)
     device = stock.device_of(pipe)
     split = prompts.split(config.evaluation.eval_prompts, config.seed)
+    config = with_chosen_judge(config, reward)
     judges = [judge.to(device) for judge in judges_of(config)]
     followed = followed_judge(config.evaluation.keep_best, judges, config.evaluation.judges)
     reward = reward.to(device)

@@ -32,6 +32,9 @@ from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.files import decoded
 from alignprop_pipe.rewards.code import refuse_code
 
+CHOSEN = "auto"
+"""In the place of a judge: one that costs nothing is chosen for the reward when the run starts."""
+
 
 class _Checked:
     """Brings every setting into its field's type where nothing is lost (5 -> 5.0, list -> tuple), then checks it."""
@@ -125,7 +128,9 @@ class EvaluationOptions(_Checked):
         0, "stop after so many looks in a row that are no better, by what keep_best follows; 0: never", low=0
     )
     judges: tuple[str, ...] = option(
-        (), "reward expressions that are only watched on the held-out pictures, never trained on"
+        (CHOSEN,),
+        "reward expressions that are only watched on the held-out pictures, never trained on; auto is a free one "
+        "that differs from the reward in kind",
     )
 
     def __post_init__(self) -> None:
@@ -136,7 +141,7 @@ class EvaluationOptions(_Checked):
                 f"patience = {self.patience}: with {without} = 0 no look is taken on the way that could be better or "
                 "worse, so the run would never stop early; 1 or more is needed there, such as 10, or patience = 0"
             )
-        if isinstance(self.keep_best, str) and self.keep_best != "reward" and not self.judges:
+        if isinstance(self.keep_best, str) and self.keep_best != "reward" and not {*self.judges} - {CHOSEN}:
             raise ConfigError(
                 f"keep_best = {self.keep_best!r}: a judge to follow is needed in judges (--judges), and there is none; "
                 "'reward' follows the loss of the trained reward"

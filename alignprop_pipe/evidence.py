@@ -19,12 +19,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from alignprop_pipe import stock
 from alignprop_pipe.choices import Maximize
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config import CHOSEN, AlignConfig
 from alignprop_pipe.errors import ConfigError, PipelineError, PromptError
 from alignprop_pipe.loss import merit_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
 from alignprop_pipe.rewards.base import Reward, merge_parts
+from alignprop_pipe.rewards.likeness import free_judge
 from alignprop_pipe.rewards.network import check_sources
 from alignprop_pipe.rewards.registry import parse_reward
 from alignprop_pipe.seeds import SeededDraws, generator_for
@@ -97,6 +98,15 @@ def assess(
     judge = followed_judge(config.evaluation.keep_best, judges)
     by_judge = () if judge is None else (judged[judge].total.mean().item(),)
     return replace(evidence, merit=(*by_judge, merit_of(config.loss, evidence.per_prompt["reward"])))
+
+
+def with_chosen_judge(config: AlignConfig, reward: Reward) -> AlignConfig:
+    """The settings with a judge that costs nothing in the place of "auto"; without evidence there is none to judge."""
+    if CHOSEN not in (named := config.evaluation.judges):
+        return config
+    free = [free_judge(reward)] if config.evaluation.eval_prompts else []
+    judges = [judge for text in named for judge in (free if text == CHOSEN else [text])]
+    return config.replace(judges=tuple(dict.fromkeys(judges)))
 
 
 def judges_of(config: AlignConfig) -> list[Reward]:

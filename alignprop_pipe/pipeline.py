@@ -34,7 +34,7 @@ from alignprop_pipe.adapter import Adapter
 from alignprop_pipe.align import Training, start, steps_of, usable_denoisers
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
 from alignprop_pipe.choices import Window
-from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig
+from alignprop_pipe.config import CHOSEN, FIELD_PATHS, PARTS, AlignConfig
 from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError, RunError
 from alignprop_pipe.layout import CONFIG
 from alignprop_pipe.progress import Display, shown
@@ -43,7 +43,6 @@ from alignprop_pipe.records import Change, StepRecord
 from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
 from alignprop_pipe.rewards.base import Reward, members
 from alignprop_pipe.rewards.judge import knows
-from alignprop_pipe.rewards.likeness import free_judge
 from alignprop_pipe.rewards.network import check_fits, check_sources, cuts_in
 from alignprop_pipe.rewards.registry import as_reward, parse_reward
 from alignprop_pipe.rollout import autograd_on
@@ -219,7 +218,7 @@ class AlignPropPipeline(Stock):
         judges = overrides.get("judges", () if config is None else judges_in(config))
         model = self.name_or_path or stock_class(type(self)).__name__
         reward, prompt_set = read_together(reward, prompts, out, judges, model)
-        config, call_kwargs = settings(self, config_of(config, usual_config(self, prompt_set, reward)), overrides)
+        config, call_kwargs = settings(self, config_of(config, usual_config(self, prompt_set)), overrides)
         usable_denoisers(self)
         tell_about(self, prompt_set, reward)
         usual = AlignConfig.preset(preset_for(self.name_or_path))
@@ -232,6 +231,8 @@ class AlignPropPipeline(Stock):
         ):
             with autograd_on():
                 state = start(self, reward, prompt_set, config, call_kwargs, display.on_pictures)
+            if CHOSEN in config.evaluation.judges and state.judges:
+                display.say(f"the judge {state.judges[0].label} watches, since none was named; judges=() goes without")
             session = Session(self, state, prompt_set)
             steps = steps_of(state, stop.is_set)
             try:
@@ -398,11 +399,11 @@ def _made_anew(kind: type, pipeline: DiffusionPipeline, changed: Mapping[str, An
 # --- the steps of align ---
 
 
-def usual_config(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> AlignConfig:
-    """The model's preset, with a free judge where it has none, or none that could check these prompts."""
+def usual_config(pipe: DiffusionPipeline, prompts: PromptSet) -> AlignConfig:
+    """The model's preset, with a free judge where its own could not check these prompts."""
     config = AlignConfig.preset(preset_for(pipe.name_or_path))
-    has_judge = config.evaluation.judges and knows(prompts.targets)
-    return config if has_judge else config.replace(judges=(free_judge(reward),))
+    fits = config.evaluation.judges == (CHOSEN,) or knows(prompts.targets)
+    return config if fits else config.replace(judges=(CHOSEN,))
 
 
 def config_of(given: Any, usual: AlignConfig) -> AlignConfig:
@@ -468,7 +469,7 @@ def read_together(
 
 def check_judge(text: Any, model: str) -> None:
     """Raises RewardError for a judge that cannot be read or knows other pictures; no text is refused with the rest."""
-    if isinstance(text, str):
+    if isinstance(text, str) and text != CHOSEN:
         check_fits(check_sources(parse_reward(text, allow_code=True)), model)
 
 

@@ -61,6 +61,10 @@ class Bar:
         self.record, self.look = record, record.evidence or self.look
         self._show("step", self.steps, record.step)
 
+    def say(self, text: str) -> None:
+        """A line above."""
+        auto.tqdm.write(one_line(text), file=sys.stderr)
+
     def close(self) -> None:
         """Leave the line as it is."""
         if self._bar is not None:
@@ -119,6 +123,12 @@ class Displays:
     def on_step(self, record: StepRecord) -> None:
         for display in self._displays:
             display.on_step(record)
+
+    def say(self, text: str) -> None:
+        """A line for a person, which a display of another kind does not get."""
+        for display in self._displays:
+            if isinstance(display, Bar):
+                display.say(text)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_preset_under_file_under_flags(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_config_of_a_run_folder_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    config = AlignConfig.preset("fast").replace(steps=3, seed=5)
+    config = AlignConfig.preset("fast").replace(steps=3, seed=5, judges=("likeness",))
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model": "a/b", "config": config.to_dict()}))
     words = ["a/b", "--reward", "jpeg", "--prompt", "a dog"]

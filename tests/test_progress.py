@@ -52,7 +52,8 @@ def test_a_run_in_python_shows_where_it_is(capsys, monkeypatch) -> None:
     said = run(capsys)
     assert "first look 0/2" in said
     last = said.replace("\r", "\n").strip().splitlines()[-1]
-    assert re.search(r"step 2/2 .*ETA 00:00  reward 0\.\d+  fresh noise 0\.\d+  \d+ MB", last), last
+    assert re.search(r"step 2/2 .*ETA 00:00  reward 0\.\d+  fresh noise 0\.\d+  likeness 0\.\d+  \d+ MB", last), last
+    assert "the judge likeness watches, since none was named; judges=() goes without" in said
 
 
 @pytest.mark.parametrize("how", ["progress", "pipe", "hub", "diffusers", "transformers"])
@@ -84,7 +85,7 @@ def test_a_display_of_ones_own_is_told_of_pictures_and_steps() -> None:
         def on_step(self, record: StepRecord) -> None:
             told.append(record.step)
 
-    aligning.align(aligning.aligned(), steps=2, eval_prompts=2, eval_batch_size=1, progress=Mine())
+    aligning.align(aligning.aligned(), steps=2, eval_prompts=2, eval_batch_size=1, judges=(), progress=Mine())
     look_at_both = [(0, 2), (1, 2), (2, 2)]
     assert told == [*look_at_both, 0, 1, *look_at_both, 2]
 

@@ -12,7 +12,7 @@ from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import AlignError, RewardError
 from alignprop_pipe.pipeline import usual_config
 from alignprop_pipe.prompts import PromptSet
-from alignprop_pipe.rewards import AttributeJudge, parse_reward
+from alignprop_pipe.rewards import AttributeJudge
 from alignprop_pipe.rewards.judge import knows
 
 LABELS = ["subject:dog", "subject:cat", "subject:fox", "count:one", "count:two", "background:red", "background:blue"]
@@ -140,6 +140,6 @@ def test_the_preset_s_judge_stays_where_it_knows_what_the_prompts_want(targets: 
     prompts = PromptSet(("a dog", "two dogs"), {name: tuple(column) for name, column in targets.items()})
     assert knows(prompts.targets) is is_known
     pipe = AlignPropPipeline.from_pretrained("emoji")
-    judges = usual_config(pipe, prompts, parse_reward("clip")).evaluation.judges
+    judges = usual_config(pipe, prompts).evaluation.judges
     assert judges  # a free one in its place
     assert ("emoji_judge" in judges) is is_known

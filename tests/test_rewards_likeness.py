@@ -3,7 +3,9 @@ import huggingface_hub
 import pytest
 import torch
 
+from alignprop_pipe.config import AlignConfig
 from alignprop_pipe.errors import RewardError
+from alignprop_pipe.evidence import with_chosen_judge
 from alignprop_pipe.rewards import as_reward, calibrate, parse_reward
 from alignprop_pipe.rewards.likeness import SMALL_CLIPS, Likeness, free_judge
 
@@ -68,6 +70,32 @@ def test_a_run_without_a_judge_gets_one_that_tells_of_a_collapse_and_is_not_foll
     assert result.followed == "the trained reward"
     assert "likeness" in repr(result)
     assert "judge likeness" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("lr", "collapses"), [(0.2, True), (1e-6, False)])
+def test_a_whole_configuration_without_a_judge_gets_one_that_warns_where_it_should(lr: float, collapses: bool) -> None:
+    config = aligning.settings(steps=10, lr=lr, eval_prompts=16, truncation="full", rank=4, keep_best=False)
+    result = aligning.aligned().align("brightness", [f"a fox, {n}" for n in range(24)], config)
+    assert result.config.evaluation.judges[0].startswith("likeness(mean=")
+    assert result.after is not None
+    assert set(result.after.judges) == {"likeness"}
+    found = [warning.text for warning in result.warnings if warning.kind == "reward-gamed"]
+    assert bool(found) is collapses
+    assert all("The judge likeness, which was never trained on, fell" in text for text in found)
+
+
+def test_the_choice_is_a_word_in_the_list_and_an_empty_list_is_none() -> None:
+    reward = as_reward("colour")
+    for config, judges in (
+        (AlignConfig(), ("likeness",)),
+        (AlignConfig.preset("paper"), ("likeness",)),
+        (AlignConfig.from_dict({"judges": ["jpeg", "auto"]}), ("jpeg", "likeness")),
+        (AlignConfig.from_dict({"evaluation": {"judges": []}}), ()),
+        (AlignConfig().replace(eval_prompts=0), ()),
+        (AlignConfig.preset("emoji"), ("emoji_judge",)),
+    ):
+        assert with_chosen_judge(config, reward).evaluation.judges == judges
+    assert AlignConfig.from_json(AlignConfig().to_json()) == AlignConfig()
 
 
 def test_no_judge_where_none_is_wanted() -> None:

@@ -17,7 +17,7 @@ from alignprop_pipe.cli import console
 from alignprop_pipe.cli.drawing import default_out
 from alignprop_pipe.cli.opening import check_model, find_device, import_rewards, open_pipeline, open_reward
 from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
-from alignprop_pipe.config import FIELD_PATHS, PARTS, AlignConfig, read_table
+from alignprop_pipe.config import CHOSEN, FIELD_PATHS, PARTS, AlignConfig, read_table
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.layout import CONFIG
 from alignprop_pipe.run_facts import NAMED, check_run, check_types
@@ -140,7 +140,7 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
     with problems.noted():
         config = _judges(request, file, config, settings, prompts, notes)
     if reward is not None:
-        config = _free_judge(config, reward, "judges" in {*settings, *file.names}, notes)
+        config = _free_judge(config, reward, notes)
     _check_judges(request, model, config, settings.get("judges", config.evaluation.judges), problems, output)
     out = request.out or default_out(str(reward or "run"))
     with problems.noted():
@@ -285,21 +285,20 @@ def _judges(
     if judges and "judges" in file.names and "judges" not in settings:
         for text in judges:
             _from_file(request, file, text)
-    elif judges and prompts is not None and not ("judges" in settings or knows(prompts.targets)):
+    elif {*judges} - {CHOSEN} and prompts is not None and not ("judges" in settings or knows(prompts.targets)):
         notes.append("these prompts come without targets that the preset's judge knows")
-        return config.replace(judges=())
+        return config.replace(judges=(CHOSEN,))
     return config
 
 
-def _free_judge(config: AlignConfig, reward: "Reward", is_said: bool, notes: list[str]) -> AlignConfig:
+def _free_judge(config: AlignConfig, reward: "Reward", notes: list[str]) -> AlignConfig:
     """With a judge that costs nothing, where none is named."""
-    from alignprop_pipe.rewards.likeness import free_judge
+    from alignprop_pipe.evidence import with_chosen_judge
 
-    if is_said or config.evaluation.judges or not config.evaluation.eval_prompts:
-        return config
-    judge = free_judge(reward)
-    notes.append(f"the judge {judge} watches this run, since none was named (--judges)")
-    return config.replace(judges=(judge,))
+    judged = with_chosen_judge(config, reward)
+    if judged != config and judged.evaluation.judges:
+        notes.append(f"the judge {judged.evaluation.judges[0]} watches this run, since none was named (--judges)")
+    return judged
 
 
 def _check_judges(
@@ -314,7 +313,7 @@ def _check_judges(
     from alignprop_pipe.evidence import followed_judge
 
     judges, before = [], len(problems.found)
-    for text in texts:
+    for text in (text for text in texts if text != CHOSEN):
         with problems.noted():
             judges.append(open_reward(text, request, output, model=model))
     if len(problems.found) == before:
