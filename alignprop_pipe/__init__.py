@@ -11,42 +11,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alignprop_pipe import errors as errors
     from alignprop_pipe import rewards as rewards
-    from alignprop_pipe.adapter import Adapter as Adapter
-    from alignprop_pipe.align import align_steps as align_steps
-    from alignprop_pipe.choices import FullBackprop as FullBackprop
-    from alignprop_pipe.choices import Hinge as Hinge
-    from alignprop_pipe.choices import KeepSteps as KeepSteps
-    from alignprop_pipe.choices import LastK as LastK
-    from alignprop_pipe.choices import Maximize as Maximize
-    from alignprop_pipe.choices import RandomLastK as RandomLastK
-    from alignprop_pipe.choices import RecomputeAll as RecomputeAll
-    from alignprop_pipe.choices import RecomputeNone as RecomputeNone
-    from alignprop_pipe.choices import Target as Target
-    from alignprop_pipe.choices import Window as Window
-    from alignprop_pipe.config import AlignConfig as AlignConfig
-    from alignprop_pipe.config import EvaluationOptions as EvaluationOptions
-    from alignprop_pipe.config import LoraOptions as LoraOptions
-    from alignprop_pipe.config import OptimizerOptions as OptimizerOptions
-    from alignprop_pipe.config import SamplingOptions as SamplingOptions
+    from alignprop_pipe.adapters.adapter import Adapter as Adapter
+    from alignprop_pipe.adapters.apply import load_adapter as load_adapter
+    from alignprop_pipe.adapters.apply import save_adapter as save_adapter
+    from alignprop_pipe.adapters.inspect import Inspection as Inspection
+    from alignprop_pipe.adapters.inspect import inspect_adapter as inspect_adapter
+    from alignprop_pipe.adapters.merge import merge as merge
+    from alignprop_pipe.adapters.mix import mix as mix
+    from alignprop_pipe.config.choices import FullBackprop as FullBackprop
+    from alignprop_pipe.config.choices import Hinge as Hinge
+    from alignprop_pipe.config.choices import KeepSteps as KeepSteps
+    from alignprop_pipe.config.choices import LastK as LastK
+    from alignprop_pipe.config.choices import Maximize as Maximize
+    from alignprop_pipe.config.choices import RandomLastK as RandomLastK
+    from alignprop_pipe.config.choices import RecomputeAll as RecomputeAll
+    from alignprop_pipe.config.choices import RecomputeNone as RecomputeNone
+    from alignprop_pipe.config.choices import Target as Target
+    from alignprop_pipe.config.choices import Window as Window
+    from alignprop_pipe.config.settings import AlignConfig as AlignConfig
+    from alignprop_pipe.config.settings import EvaluationOptions as EvaluationOptions
+    from alignprop_pipe.config.settings import LoraOptions as LoraOptions
+    from alignprop_pipe.config.settings import OptimizerOptions as OptimizerOptions
+    from alignprop_pipe.config.settings import SamplingOptions as SamplingOptions
     from alignprop_pipe.errors import AlignError as AlignError
-    from alignprop_pipe.evidence import evaluate as evaluate
-    from alignprop_pipe.export import load_adapter as load_adapter
-    from alignprop_pipe.export import save_adapter as save_adapter
-    from alignprop_pipe.inspection import Inspection as Inspection
-    from alignprop_pipe.inspection import inspect_adapter as inspect_adapter
-    from alignprop_pipe.merging import merge as merge
-    from alignprop_pipe.mixing import mix as mix
     from alignprop_pipe.pipeline import AlignPropPipeline as AlignPropPipeline
     from alignprop_pipe.prompts import PromptSet as PromptSet
     from alignprop_pipe.records import Evidence as Evidence
     from alignprop_pipe.records import Rollout as Rollout
     from alignprop_pipe.records import Scores as Scores
     from alignprop_pipe.records import StepRecord as StepRecord
-    from alignprop_pipe.result import AlignResult as AlignResult
     from alignprop_pipe.rewards.base import Reward as Reward
     from alignprop_pipe.rewards.registry import as_reward as as_reward
     from alignprop_pipe.rewards.registry import parse_reward as parse_reward
-    from alignprop_pipe.trackers import Trackers as Trackers
+    from alignprop_pipe.runs.trackers import Trackers as Trackers
+    from alignprop_pipe.training.evidence import evaluate as evaluate
+    from alignprop_pipe.training.loop import align_steps as align_steps
+    from alignprop_pipe.training.result import AlignResult as AlignResult
 
 __version__ = "0.1.0"
 
@@ -57,24 +57,24 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 
 _HOME = {
     "AlignPropPipeline": "alignprop_pipe.pipeline",
-    "AlignResult": "alignprop_pipe.result",
-    "Adapter": "alignprop_pipe.adapter",
-    "align_steps": "alignprop_pipe.align",
-    "AlignConfig": "alignprop_pipe.config",
-    "LoraOptions": "alignprop_pipe.config",
-    "OptimizerOptions": "alignprop_pipe.config",
-    "SamplingOptions": "alignprop_pipe.config",
-    "EvaluationOptions": "alignprop_pipe.config",
-    "FullBackprop": "alignprop_pipe.choices",
-    "LastK": "alignprop_pipe.choices",
-    "RandomLastK": "alignprop_pipe.choices",
-    "RecomputeAll": "alignprop_pipe.choices",
-    "RecomputeNone": "alignprop_pipe.choices",
-    "KeepSteps": "alignprop_pipe.choices",
-    "Maximize": "alignprop_pipe.choices",
-    "Target": "alignprop_pipe.choices",
-    "Hinge": "alignprop_pipe.choices",
-    "Window": "alignprop_pipe.choices",
+    "AlignResult": "alignprop_pipe.training.result",
+    "Adapter": "alignprop_pipe.adapters.adapter",
+    "align_steps": "alignprop_pipe.training.loop",
+    "AlignConfig": "alignprop_pipe.config.settings",
+    "LoraOptions": "alignprop_pipe.config.settings",
+    "OptimizerOptions": "alignprop_pipe.config.settings",
+    "SamplingOptions": "alignprop_pipe.config.settings",
+    "EvaluationOptions": "alignprop_pipe.config.settings",
+    "FullBackprop": "alignprop_pipe.config.choices",
+    "LastK": "alignprop_pipe.config.choices",
+    "RandomLastK": "alignprop_pipe.config.choices",
+    "RecomputeAll": "alignprop_pipe.config.choices",
+    "RecomputeNone": "alignprop_pipe.config.choices",
+    "KeepSteps": "alignprop_pipe.config.choices",
+    "Maximize": "alignprop_pipe.config.choices",
+    "Target": "alignprop_pipe.config.choices",
+    "Hinge": "alignprop_pipe.config.choices",
+    "Window": "alignprop_pipe.config.choices",
     "PromptSet": "alignprop_pipe.prompts",
     "Reward": "alignprop_pipe.rewards.base",
     "as_reward": "alignprop_pipe.rewards.registry",
@@ -83,14 +83,14 @@ _HOME = {
     "StepRecord": "alignprop_pipe.records",
     "Evidence": "alignprop_pipe.records",
     "Scores": "alignprop_pipe.records",
-    "evaluate": "alignprop_pipe.evidence",
-    "save_adapter": "alignprop_pipe.export",
-    "load_adapter": "alignprop_pipe.export",
-    "Inspection": "alignprop_pipe.inspection",
-    "inspect_adapter": "alignprop_pipe.inspection",
-    "merge": "alignprop_pipe.merging",
-    "mix": "alignprop_pipe.mixing",
-    "Trackers": "alignprop_pipe.trackers",
+    "evaluate": "alignprop_pipe.training.evidence",
+    "save_adapter": "alignprop_pipe.adapters.apply",
+    "load_adapter": "alignprop_pipe.adapters.apply",
+    "Inspection": "alignprop_pipe.adapters.inspect",
+    "inspect_adapter": "alignprop_pipe.adapters.inspect",
+    "merge": "alignprop_pipe.adapters.merge",
+    "mix": "alignprop_pipe.adapters.mix",
+    "Trackers": "alignprop_pipe.runs.trackers",
     "AlignError": "alignprop_pipe.errors",
     "errors": "alignprop_pipe",
     "rewards": "alignprop_pipe",

@@ -29,28 +29,32 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor
 
-from alignprop_pipe import effects, export, lora, repeating, room, run_facts, stock, windows
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.align import Training, start, steps_of, usable_denoisers
+from alignprop_pipe.adapters import apply
+from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.bundled import is_bundled, preset_for, resolve_model
-from alignprop_pipe.choices import Window
-from alignprop_pipe.config import CHOSEN, FIELD_PATHS, PARTS, AlignConfig
+from alignprop_pipe.config.choices import Window
+from alignprop_pipe.config.settings import CHOSEN, FIELD_PATHS, PARTS, AlignConfig
+from alignprop_pipe.diffusion import effects, lora, memory, stock
+from alignprop_pipe.diffusion import window as windows
+from alignprop_pipe.diffusion.rollout import autograd_on
+from alignprop_pipe.diffusion.single_file import load_single_file
 from alignprop_pipe.errors import AdapterError, AlignError, ConfigError, PipelineError, RunError
 from alignprop_pipe.layout import CONFIG
-from alignprop_pipe.progress import Display, shown
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change, StepRecord
-from alignprop_pipe.result import AlignResult, changes_between, kept_evidence, looks_in
 from alignprop_pipe.rewards.base import Reward, members
-from alignprop_pipe.rewards.judge import knows
-from alignprop_pipe.rewards.network import check_fits, check_sources, cuts_in
+from alignprop_pipe.rewards.networks.network import check_fits, check_sources, cuts_in
 from alignprop_pipe.rewards.registry import as_reward, parse_reward
-from alignprop_pipe.rollout import autograd_on
-from alignprop_pipe.runs import RunFolder, check_place
-from alignprop_pipe.single_file import load_single_file
+from alignprop_pipe.rewards.scorers.judge import knows
+from alignprop_pipe.runs import facts as run_facts
+from alignprop_pipe.runs import repeating
+from alignprop_pipe.runs.folder import RunFolder, check_place
+from alignprop_pipe.runs.summary import Watch
+from alignprop_pipe.runs.trackers import all_of
 from alignprop_pipe.sources import exists, hub_hint, on_hub
-from alignprop_pipe.summary import Watch
-from alignprop_pipe.trackers import all_of
+from alignprop_pipe.training.loop import Training, start, steps_of, usable_denoisers
+from alignprop_pipe.training.progress import Display, shown
+from alignprop_pipe.training.result import AlignResult, changes_between, kept_evidence, looks_in
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +227,7 @@ class AlignPropPipeline(Stock):
         tell_about(self, prompt_set, reward)
         usual = AlignConfig.preset(preset_for(self.name_or_path))
         effects.tell(config, effects.settings_without_effect(self, config, usual, call_kwargs))
-        room.check_training(self, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompt_set)))
+        memory.check_training(self, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompt_set)))
         with (
             lora.switched_back(stock.components(self).values()),
             stop_on_interrupt() as stop,
@@ -260,13 +264,13 @@ class AlignPropPipeline(Stock):
                 "the adapter is fused in some components and in others not: call pipe.unfuse_lora() first, or "
                 "pipe.fuse_lora() to fuse all of it"
             )
-        if lora.ADAPTER_NAME in fused and (window := windows.held_by(export.networks(self).values())) is not None:
+        if lora.ADAPTER_NAME in fused and (window := windows.held_by(apply.networks(self).values())) is not None:
             raise AdapterError(
                 f"the adapter works in the window {window} of the steps, which weights cannot say, and is fused: call "
                 "pipe.unfuse_lora() first"
             )
         if lora.ADAPTER_NAME in beside:
-            export.save_adapter(self, Path(save_directory) / LORA_WEIGHT_NAME_SAFE, format="diffusers")
+            apply.save_adapter(self, Path(save_directory) / LORA_WEIGHT_NAME_SAFE, format="diffusers")
         if left_out := sorted(beside - {lora.ADAPTER_NAME}):
             logger.warning(
                 "LoRA %s is not in the folder, which holds the base model%s; pipe.fuse_lora() before puts it into the "
@@ -282,7 +286,7 @@ class AlignPropPipeline(Stock):
 
         Returns the files written. Raises AdapterError if the pipeline holds no adapter.
         """
-        return export.save_adapter(self, path, format=format, metadata=metadata)  # type: ignore[arg-type]
+        return apply.save_adapter(self, path, format=format, metadata=metadata)  # type: ignore[arg-type]
 
     def load_adapter(
         self,
@@ -297,7 +301,7 @@ class AlignPropPipeline(Stock):
         `scale` is its strength: 1.0 as trained. `window` keeps it to a share of the denoising steps: (0.0, 0.6) or
         "0.0-0.6" are the first 60 % (default: what the file says, else all). Raises AdapterError, ConfigError.
         """
-        export.load_adapter(self, source, scale, window, revision)
+        apply.load_adapter(self, source, scale, window, revision)
 
 
 def refuse_foreign_modules(folder: str, kwargs: Mapping[str, Any]) -> None:
@@ -734,7 +738,7 @@ def adapter_metadata(session: Session, changes: Mapping[str, Change]) -> dict[st
     }
     others = "; ".join(map(str, lora.active_others(session.pipe)))
     trained_with = {"trained_with": others} if others else {}
-    return trained_with | export.describe(
+    return trained_with | apply.describe(
         session.pipe,
         reward=str(session.reward),
         config=session.config.to_json(),

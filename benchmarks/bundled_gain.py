@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch.nn.functional import mse_loss
 
-from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, evaluate, lora, parse_reward, stock
+from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, evaluate, parse_reward
 from alignprop_pipe.bundled import REWARD
+from alignprop_pipe.diffusion import lora, stock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bundled_model"))
 import render

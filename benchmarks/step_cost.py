@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from alignprop_pipe import AlignConfig, AlignPropPipeline, FullBackprop, LastK, PromptSet, lora, stock
+from alignprop_pipe import AlignConfig, AlignPropPipeline, FullBackprop, LastK, PromptSet
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.rollout import autograd_on, rollout
 from alignprop_pipe.records import PromptBatch
-from alignprop_pipe.rollout import autograd_on, rollout
 from alignprop_pipe.seeds import generator_for
 
 BATCH = 4

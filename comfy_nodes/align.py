@@ -73,7 +73,7 @@ class Align(io.ComfyNode):
                     run.progress.pass_on_stop()
                     raise
                 finally:
-                    from alignprop_pipe import lora, stock
+                    from alignprop_pipe.diffusion import lora, stock
 
                     lora.detach(stock.denoisers(pipe))  # the adapter goes its own way; the pipe is the base model's
             if result.interrupted or run.progress.stopped:
@@ -95,7 +95,7 @@ class Run:
     """What the node shows while it trains."""
 
     def __init__(self, node_id: str, config: Any, prompts: Any) -> None:
-        from alignprop_pipe.summary import Watch
+        from alignprop_pipe.runs.summary import Watch
 
         self.node_id, self.config = node_id, config
         self.watch = Watch(config.loss)

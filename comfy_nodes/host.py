@@ -78,7 +78,7 @@ def working() -> Iterator[None]:
 
     Out of memory is told with what to change, in the class of exception that makes ComfyUI free its models.
     """
-    from alignprop_pipe.rollout import autograd_on
+    from alignprop_pipe.diffusion.rollout import autograd_on
 
     try:
         with autograd_on():
@@ -92,7 +92,7 @@ def working() -> Iterator[None]:
 @contextmanager
 def on_device(pipe: Any, *others: Any) -> Iterator[torch.device]:
     """A pipeline on ComfyUI's device, whose own models give way; afterwards it waits in main memory."""
-    from alignprop_pipe import stock
+    from alignprop_pipe.diffusion import stock
 
     device = memory.get_torch_device()
     memory.unload_all_models()
@@ -174,7 +174,7 @@ class Progress:
 @contextmanager
 def counted_calls(pipe: Any, progress: Progress) -> Iterator[None]:
     """Counts every denoiser call but those that are made again for the gradient; a stop ends the gradient too."""
-    from alignprop_pipe import stock
+    from alignprop_pipe.diffusion import stock
 
     def stop(*_: Any) -> None:
         progress.stop_here()

@@ -161,7 +161,7 @@ class Score(io.ComfyNode):
     @classmethod
     def execute(cls, images: Any, reward: Any, prompt: str = "", prompts: Any = None) -> io.NodeOutput:
         with host.working():
-            from alignprop_pipe.rewards.network import doubt_about
+            from alignprop_pipe.rewards.networks.network import doubt_about
 
             pictures, reward = host.image_socket(images), connected(reward)
             batch = prompts_for(len(pictures), prompt, prompts)

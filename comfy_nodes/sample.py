@@ -42,8 +42,8 @@ class Sample(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         import torch
 
-        from alignprop_pipe import lora, stock
-        from alignprop_pipe.sampling import sample_pictures
+        from alignprop_pipe.diffusion import lora, stock
+        from alignprop_pipe.diffusion.sample import sample_pictures
 
         chosen = [prompts.prompts[place] for place in range(min(first, len(prompts)))]
         with host.working():

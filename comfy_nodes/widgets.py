@@ -11,9 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
-from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, leaves
+from alignprop_pipe.config.code import BY_TEXT, WAY_OUT, refuse_code
+from alignprop_pipe.config.settings import FIELD_PATHS, PRESETS, AlignConfig, leaves
 from alignprop_pipe.errors import ConfigError, RewardError
-from alignprop_pipe.rewards.code import BY_TEXT, WAY_OUT, refuse_code
 from alignprop_pipe.rewards.registry import REGISTRY, RewardEntry
 from alignprop_pipe.sources import expanded, is_file
 

@@ -8,11 +8,11 @@ import torch
 from miniatures import FAMILIES
 from torch import Tensor
 
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.export_header import base_of
-from alignprop_pipe.export_keys import clip_path
-from alignprop_pipe.factors import Factors, Layers
-from alignprop_pipe.lora import attention_linears
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.export_keys import clip_path
+from alignprop_pipe.adapters.factors import Factors, Layers
+from alignprop_pipe.adapters.header import base_of
+from alignprop_pipe.diffusion.lora import attention_linears
 
 DENOISERS = ("unet", "transformer")
 TEXT = ("text_encoder", "text_encoder_2")

@@ -10,9 +10,10 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from alignprop_pipe import AlignPropPipeline, lora, stock
-from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.result import AlignResult
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.config.settings import AlignConfig
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.training.result import AlignResult
 
 PROMPTS = ["a red dog", "two cats", "three birds on the snow", "a boat", "one house", "a fish"]
 

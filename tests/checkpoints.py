@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.initialization import no_init_weights
 
-from alignprop_pipe import single_file
-from alignprop_pipe.checkpoint import write_checkpoint
+from alignprop_pipe.adapters.checkpoint import write_checkpoint
+from alignprop_pipe.diffusion import single_file
 
 NO_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 

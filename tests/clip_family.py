@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
 
 from alignprop_pipe.rewards import Reward, check_reward
-from alignprop_pipe.rewards.open_clip import clip_names
+from alignprop_pipe.rewards.networks.open_clip import clip_names
 
 PROMPTS = [
     "a dog on a red background",

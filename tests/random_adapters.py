@@ -10,11 +10,11 @@ from miniatures import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.export_header import base_of
-from alignprop_pipe.factors import Factors
-from alignprop_pipe.lora import attention_linears
-from alignprop_pipe.stock import denoisers
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.factors import Factors
+from alignprop_pipe.adapters.header import base_of
+from alignprop_pipe.diffusion.lora import attention_linears
+from alignprop_pipe.diffusion.stock import denoisers
 
 
 def factors_for(layer: Any, rank: int, alpha: float, generator: torch.Generator, size: float = 0.3) -> Factors:

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignprop_pipe import load_adapter
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.adapter_keys import PIPELINES, duplicates, family_of, place_of, split_key
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import save_adapter
+from alignprop_pipe.adapters.factors import Factors, Layers
+from alignprop_pipe.adapters.header import Base, carried
+from alignprop_pipe.adapters.keys import PIPELINES, duplicates, family_of, place_of, split_key
+from alignprop_pipe.adapters.kohya import own_layers, to_kohya
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.export import save_adapter
-from alignprop_pipe.export_header import Base, carried
-from alignprop_pipe.factors import Factors, Layers
-from alignprop_pipe.kohya_transformers import own_layers, to_kohya
 
 KOHYA = ["sd15", "sdxl", "flux", "wan", "sd3"]
 """Miniatures that kohya's scripts have names for."""

@@ -17,12 +17,13 @@ import torch
 from adapters import made, miniature
 from safetensors.torch import save, save_file
 
-from alignprop_pipe import adapter_files, load_adapter
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.adapter_files import serialised
-from alignprop_pipe.adapter_keys import MOST_RANK
+from alignprop_pipe import load_adapter
+from alignprop_pipe.adapters import files
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.files import serialised
+from alignprop_pipe.adapters.inspect import inspect_adapter
+from alignprop_pipe.adapters.keys import MOST_RANK
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.inspection import inspect_adapter
 
 DOWN, UP = "unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora_B.weight"
 PAIR = {DOWN: torch.ones(2, 4), UP: torch.ones(4, 2)}
@@ -469,7 +470,7 @@ def test_the_seeds_of_the_fuzzer_are_whole(tmp_path: Path) -> None:
 
 def test_the_reader_keeps_numbers_that_are_not_finite_where_it_is_asked_to(tmp_path: Path) -> None:
     save_file({**PAIR, UP: torch.full((4, 2), torch.inf)}, tmp_path / "a.safetensors")
-    tensors, _ = adapter_files.read_file(tmp_path / "a.safetensors", finite=False)
+    tensors, _ = files.read_file(tmp_path / "a.safetensors", finite=False)
     assert bool(torch.isinf(tensors[UP]).all())
 
 
@@ -477,7 +478,7 @@ def test_tensors_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     """The library's own order is another one in each process, and reports would begin with another layer each time."""
     keys = [f"unet.mid_block.layer_{number}.lora_A.weight" for number in range(40)]
     (tmp_path / "a.safetensors").write_bytes(save({key: torch.ones(2, 4) for key in reversed(keys)}))
-    tensors, _ = adapter_files.read_file(tmp_path / "a.safetensors")
+    tensors, _ = files.read_file(tmp_path / "a.safetensors")
     assert list(tensors) == sorted(keys)
 
 

@@ -14,21 +14,21 @@ import torch
 from aligning import PROMPTS, adapter, align, aligned, is_stock, pictures, same, settings, state
 from torch import Tensor
 
-from alignprop_pipe import lora, stock
-from alignprop_pipe.align import accumulate, align_steps, optimizer_step, start
-from alignprop_pipe.choices import Target
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.choices import Target
+from alignprop_pipe.config.settings import AlignConfig
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.rollout import autograd_on
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardShapeError, TrainingDiverged
-from alignprop_pipe.evidence import evaluate, render
-from alignprop_pipe.loss import merit_of
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.registry import parse_reward
-from alignprop_pipe.rewards.simple import Brightness
-from alignprop_pipe.rollout import autograd_on
-from alignprop_pipe.runs import read_metrics
-from alignprop_pipe.summary import best_of
+from alignprop_pipe.rewards.scorers.simple import Brightness
+from alignprop_pipe.runs.folder import read_metrics
+from alignprop_pipe.runs.summary import best_of
+from alignprop_pipe.training.evidence import evaluate, render
+from alignprop_pipe.training.loop import accumulate, align_steps, optimizer_step, start
+from alignprop_pipe.training.loss import merit_of
 
 
 class Broken(Exception):
@@ -605,7 +605,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(prompts))
         return render(pipe, prompts, config, **extra)
 
-    monkeypatch.setattr("alignprop_pipe.align.render", counting)
+    monkeypatch.setattr("alignprop_pipe.training.loop.render", counting)
     return sizes
 
 

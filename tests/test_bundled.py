@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from alignprop_pipe import bundled
-from alignprop_pipe.config import PRESETS
+from alignprop_pipe.config.settings import PRESETS
 from alignprop_pipe.errors import AlignError
 
 

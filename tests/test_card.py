@@ -14,11 +14,12 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, hub_folder, mix
-from alignprop_pipe.card import Facts, model_card, warnings_in
+from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, mix
+from alignprop_pipe.hub import stage
+from alignprop_pipe.hub.card import Facts, model_card, warnings_in
+from alignprop_pipe.hub.licences import base_licence, overall, reward_licences
+from alignprop_pipe.hub.redact import Private
 from alignprop_pipe.layout import HUB_WEIGHTS
-from alignprop_pipe.licences import base_licence, overall, reward_licences
-from alignprop_pipe.privacy import Private
 from alignprop_pipe.records import Change, Evidence
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -356,7 +357,7 @@ def test_a_real_run_has_it_all(folder: Path) -> None:
 
 def test_large_pictures_are_made_smaller_for_pages(tmp_path: Path) -> None:
     Image.new("RGB", (1536, 1024)).save(tmp_path / "x.png")
-    made = hub_folder._redone(tmp_path / "x.png", {}, widget=True)
+    made = stage._redone(tmp_path / "x.png", {}, widget=True)
     (tmp_path / "y.png").write_bytes(made)
     with Image.open(tmp_path / "y.png") as shown:
         assert shown.size == (768, 512)

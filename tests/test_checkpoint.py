@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignprop_pipe import AlignPropPipeline, lora
-from alignprop_pipe.checkpoint import original_checkpoint, write_checkpoint
-from alignprop_pipe.config import LoraOptions
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.adapters.checkpoint import original_checkpoint, write_checkpoint
+from alignprop_pipe.config.settings import LoraOptions
+from alignprop_pipe.diffusion import lora
 from alignprop_pipe.errors import PipelineError, RunError
 
 KINDS = {"sd1": checkpoints.sd1, "sd2": checkpoints.sd2, "sdxl": checkpoints.sdxl}

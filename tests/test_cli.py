@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from alignprop_pipe import bundled
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import AdapterError, ConfigError, PromptError, RewardError, RewardShapeError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, StepRecord

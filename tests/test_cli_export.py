@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from alignprop_pipe import AlignPropPipeline
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.factors import Factors
+from alignprop_pipe.adapters.header import base_of
 from alignprop_pipe.cli import exporting
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.export_header import base_of
-from alignprop_pipe.factors import Factors
-from alignprop_pipe.lora import attention_linears
+from alignprop_pipe.diffusion.lora import attention_linears
 
 
 @pytest.fixture(autouse=True)

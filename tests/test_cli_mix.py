@@ -15,15 +15,15 @@ from random_adapters import random_adapter
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import load_adapter
+from alignprop_pipe.adapters.mix import mix
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.diffusion.lora import attention_linears
+from alignprop_pipe.diffusion.sample import sample_pictures
 from alignprop_pipe.errors import ConfigError
-from alignprop_pipe.export import load_adapter
-from alignprop_pipe.lora import attention_linears
-from alignprop_pipe.mixing import mix
 from alignprop_pipe.rewards.registry import parse_reward
-from alignprop_pipe.sampling import sample_pictures
-from alignprop_pipe.sweep import rewards_of, sweep, weights_from_text
+from alignprop_pipe.training.sweep import rewards_of, sweep, weights_from_text
 
 PIPE = miniatures.sd15()
 

@@ -177,7 +177,7 @@ def sockets(page: Page) -> list[str]:
 
 
 def test_a_preset_fills_in_the_settings(page: Page) -> None:
-    from alignprop_pipe.config import AlignConfig
+    from alignprop_pipe.config.settings import AlignConfig
 
     id_ = page.add("AlignPropAlign")
     page.set(id_, **{"settings of": "emoji"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignprop_pipe.config import PRESETS
+from alignprop_pipe.config.settings import PRESETS
 from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.registry import REGISTRY, parse_reward
 from comfy_nodes.widgets import reward_names, reward_parameters, setting_widgets

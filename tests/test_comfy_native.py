@@ -112,7 +112,7 @@ def test_apply_does_what_the_cores_loader_does(drawn: Any) -> None:
 
 def test_the_change_is_that_of_our_own_pipeline(pipe: Any, server: Server, drawn: Any) -> None:
     from alignprop_pipe import Adapter
-    from alignprop_pipe.checkpoint import original_checkpoint
+    from alignprop_pipe.adapters.checkpoint import original_checkpoint
 
     pipe.load_lora_weights(dict(Adapter.load(server.base / "models" / "loras" / LORA)))
     pipe.fuse_lora()

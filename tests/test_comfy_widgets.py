@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig
+from alignprop_pipe.config.settings import FIELD_PATHS, PRESETS, AlignConfig
 from alignprop_pipe.errors import AlignError, ConfigError, RewardError
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.registry import REGISTRY, parse_reward, register

@@ -12,7 +12,7 @@ import hostile
 import pytest
 from test_summary import EVEN, look, record, shifted
 
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.prompts import PromptSet
 
 STAND_INS = ("comfy", "comfy.model_management", "comfy.utils", "folder_paths", "comfy_api", "server")

@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from test_comfy_entry import write_stand_in
 from typer.testing import CliRunner
 
-from alignprop_pipe import comfyui
+from alignprop_pipe import comfy_install
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.comfyui import MARK, PACK, install, uninstall
+from alignprop_pipe.comfy_install import MARK, PACK, install, uninstall
 from alignprop_pipe.errors import AlignError
 
 if sys.version_info >= (3, 11):
@@ -288,7 +288,8 @@ def test_without_the_package_the_shim_says_one_line_and_shows_one_node(tmp_path:
 
 def test_an_installed_package_finds_its_own_workflows(unpacked: Path, tmp_path: Path) -> None:
     made(tmp_path, "desktop")
-    code = f"from alignprop_pipe.comfyui import install\nprint(*[path.name for path in install({str(tmp_path)!r})])"
+    found = f"[path.name for path in install({str(tmp_path)!r})]"
+    code = f"from alignprop_pipe.comfy_install import install\nprint(*{found})"
     script = tmp_path / "script.py"
     script.write_text("")
     done = loaded(script, code, unpacked)
@@ -298,6 +299,6 @@ def test_an_installed_package_finds_its_own_workflows(unpacked: Path, tmp_path: 
 
 
 def test_the_shim_is_marked_as_ours_and_compiles() -> None:
-    assert comfyui.SHIM.startswith(MARK)
-    compile(comfyui.SHIM, "__init__.py", "exec")
-    assert "NODE_CLASS_MAPPINGS" not in comfyui.SHIM
+    assert comfy_install.SHIM.startswith(MARK)
+    compile(comfy_install.SHIM, "__init__.py", "exec")
+    assert "NODE_CLASS_MAPPINGS" not in comfy_install.SHIM

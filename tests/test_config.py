@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.choices import (
+from alignprop_pipe.config.choices import (
     Checkpointing,
     FullBackprop,
     Hinge,
@@ -27,7 +27,7 @@ from alignprop_pipe.choices import (
     loss_from_text,
     truncation_from_text,
 )
-from alignprop_pipe.config import (
+from alignprop_pipe.config.settings import (
     FIELD_PATHS,
     PARTS,
     PRESETS,

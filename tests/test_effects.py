@@ -12,8 +12,8 @@ from aligning import align, aligned, settings
 from typer.testing import CliRunner
 
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.config import AlignConfig
-from alignprop_pipe.effects import settings_without_effect
+from alignprop_pipe.config.settings import AlignConfig
+from alignprop_pipe.diffusion.effects import settings_without_effect
 
 DDIM = miniatures.make_scheduler("DDIMScheduler")
 EULER = miniatures.make_scheduler("EulerDiscreteScheduler")

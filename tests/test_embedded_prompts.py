@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.embedded_prompts import prompt_in
+from alignprop_pipe.scoring.embedded_prompts import prompt_in
 
 PARAMETERS = """a fox, (in the snow:1.2) <lora:fur:0.8>
 second line

@@ -13,11 +13,12 @@ import torch
 from aligning import adapter, align, aligned, is_stock, same
 from torch import Tensor
 
-from alignprop_pipe import Adapter, pipeline, runs
+from alignprop_pipe import Adapter, pipeline
 from alignprop_pipe.errors import PipelineError, RewardValueError, RunError, TrainingDiverged
 from alignprop_pipe.records import Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
-from alignprop_pipe.runs import read_metrics
+from alignprop_pipe.runs import folder as runs
+from alignprop_pipe.runs.folder import read_metrics
 
 LOOKED: dict[str, Any] = {"eval_prompts": 2, "eval_every": 0}
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from miniatures import sd15, wan
 
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import AlignError, PipelineError, PromptError
-from alignprop_pipe.evidence import diversity, evaluate, measures_of, paired_change
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.rewards.registry import parse_reward
+from alignprop_pipe.training.evidence import diversity, evaluate, measures_of, paired_change
 
 PROMPTS = PromptSet(
     ("a red dog", "two cats", "three birds on the snow", "a boat", "one house"), {"wanted": (0.1, 0.2, 0.3, 0.4, 0.5)}

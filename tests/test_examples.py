@@ -11,9 +11,9 @@ from aligning import align, aligned
 
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS
-from alignprop_pipe.config import PRESETS
+from alignprop_pipe.config.settings import PRESETS
 from alignprop_pipe.rewards import REGISTRY, parse_reward
-from alignprop_pipe.runs import read_metrics
+from alignprop_pipe.runs.folder import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

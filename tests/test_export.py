@@ -18,12 +18,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from alignprop_pipe import adapter_files, export, export_header
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters import apply
+from alignprop_pipe.adapters import files as adapter_files
+from alignprop_pipe.adapters import header as export_header
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import load_adapter, read_metadata, save_adapter
+from alignprop_pipe.adapters.export_keys import Factors, comfyui_keys, diffusers_keys, layers_from
+from alignprop_pipe.diffusion.lora import ADAPTER_NAME, TRAINED, attention_linears, mark
 from alignprop_pipe.errors import AdapterError, RunError
-from alignprop_pipe.export import load_adapter, read_metadata, save_adapter
-from alignprop_pipe.export_keys import Factors, comfyui_keys, diffusers_keys, layers_from
-from alignprop_pipe.lora import ADAPTER_NAME, TRAINED, attention_linears, mark
 
 BASE = sd15()
 """Never written to: `fresh` shares all of it but the denoiser."""
@@ -454,7 +456,7 @@ def test_a_failure_while_loading_leaves_the_base(adapter: Path, monkeypatch: pyt
     def fails(part, names, weights) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(export, "set_weights_and_activate_adapters", fails)
+    monkeypatch.setattr(apply, "set_weights_and_activate_adapters", fails)
     pipe = fresh()
     with pytest.raises(AdapterError, match="none left"):
         load_adapter(pipe, adapter)
@@ -541,7 +543,7 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
 
 def test_header_says_what_the_adapter_is(tmp_path: Path) -> None:
     pipe = trained(fresh())
-    known = export.describe(
+    known = apply.describe(
         pipe,
         reward="clip - tv",
         config='{"steps": 60}',

@@ -14,11 +14,11 @@ from by_hand import PROMPTS, Chain, double_inside
 from miniatures import FAMILIES, Family
 from torch import Tensor, nn
 
-from alignprop_pipe import lora, stock
-from alignprop_pipe.choices import LastK
-from alignprop_pipe.config import AlignConfig, LoraOptions
+from alignprop_pipe.config.choices import LastK
+from alignprop_pipe.config.settings import AlignConfig, LoraOptions
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.records import PromptBatch, Rollout
-from alignprop_pipe.rollout import rollout
 
 STEPS = {name: 5 if name == "sd15_img2img" else 3 for name in FAMILIES}  # strength 0.6 of 5 steps is 3
 # diffusers' Euler scheduler hands torch tensors to NumPy 2.

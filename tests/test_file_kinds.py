@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from alignprop_pipe import AlignPropPipeline
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.inspection import inspect_adapter
 
 LAYER = "lora_unet_mid_block_attentions_0_proj_in"
 FOUR = torch.ones(4, 4)

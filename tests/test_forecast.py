@@ -7,12 +7,12 @@ import pytest
 import torch
 from aligning import adapter, align, aligned, pictures, same, settings, state
 
-from alignprop_pipe import lora, stock
-from alignprop_pipe.choices import Truncation, truncation_from_text
+from alignprop_pipe.config.choices import Truncation, truncation_from_text
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.gradient import graded_steps
 from alignprop_pipe.errors import PipelineError
-from alignprop_pipe.forecast import Forecast, Probe, forecast, held_at_once, most_graded_steps, scaled
 from alignprop_pipe.seeds import generator_for
-from alignprop_pipe.truncation import graded_steps
+from alignprop_pipe.training.forecast import Forecast, Probe, forecast, held_at_once, most_graded_steps, scaled
 
 MB = 2**20
 # Two steps of which one is graded, four of which two are: 1 s a step forward, 3 s a graded step backward, 0.5 s and

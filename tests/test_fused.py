@@ -20,7 +20,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from torch import Tensor
 
-from alignprop_pipe import Adapter, AlignPropPipeline, lora, stock
+from alignprop_pipe import Adapter, AlignPropPipeline
+from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.errors import AdapterError, PipelineError
 
 OURS, STYLE = lora.ADAPTER_NAME, "style"

@@ -27,15 +27,15 @@ from test_result import result
 from test_runs import look, new_run, record
 from typer.testing import CliRunner
 
-from alignprop_pipe.card import model_card
-from alignprop_pipe.card_facts import PAPER, Facts
+from alignprop_pipe.adapters.header import Base
+from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import PromptError
-from alignprop_pipe.export_header import Base
-from alignprop_pipe.inspection import inspect_adapter
-from alignprop_pipe.licences import HUB
+from alignprop_pipe.hub.card import model_card
+from alignprop_pipe.hub.card_facts import PAPER, Facts
+from alignprop_pipe.hub.licences import HUB
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Change
 

@@ -21,11 +21,12 @@ from typer.testing import CliRunner, Result
 
 from alignprop_pipe import Adapter, AlignConfig, parse_reward
 from alignprop_pipe.cli.app import app
+from alignprop_pipe.config import code
 from alignprop_pipe.errors import AlignError, ConfigError, RewardError
-from alignprop_pipe.rewards import REGISTRY, Reward, as_reward, code, register, registry
+from alignprop_pipe.rewards import REGISTRY, Reward, as_reward, register, registry
 from alignprop_pipe.rewards.guard import check_reward
-from alignprop_pipe.rewards.python import load_module
-from alignprop_pipe.sweep import rewards_of
+from alignprop_pipe.rewards.scorers.python import load_module
+from alignprop_pipe.training.sweep import rewards_of
 from comfy_nodes import widgets
 
 EVIL = """

@@ -24,12 +24,13 @@ from PIL import Image
 from random_adapters import by_peft, draw
 from safetensors.torch import load
 
-from alignprop_pipe import Adapter, hub
+from alignprop_pipe import Adapter
+from alignprop_pipe.adapters.apply import load_adapter
+from alignprop_pipe.adapters.inspect import inspect_adapter
+from alignprop_pipe.adapters.mix import mix
 from alignprop_pipe.errors import AdapterError, HubError
-from alignprop_pipe.export import load_adapter
-from alignprop_pipe.inspection import inspect_adapter
+from alignprop_pipe.hub import push
 from alignprop_pipe.layout import HUB_WEIGHTS
-from alignprop_pipe.mixing import mix
 from alignprop_pipe.records import Pushed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of its HTTP
@@ -113,7 +114,7 @@ def test_everything_goes_in_one_commit(server: Hub, adapter: Adapter, run: Path)
     assert {"README.md", HUB_WEIGHTS, "glow-comfyui.safetensors", "config.json", "metrics.jsonl"} <= set(held)
     assert {"curve.png", "before-after.png", "images/after-1.png"} <= set(held)
     assert all(len(held[name]) == size for name, size in pushed.files.items())
-    assert commits(server) == [hub.TITLE]
+    assert commits(server) == [push.TITLE]
     assert pushed.url.startswith(f"{server.url}/me/glow/commit/")
     assert pushed.changed
     assert not server.repos["me/glow"].private
@@ -128,7 +129,7 @@ def test_pushing_again_makes_no_second_copy(server: Hub, adapter: Adapter, caplo
     again = adapter.push_to_hub("me/glow")
     assert not again.changed
     assert again.url.endswith(server.repos["me/glow"].branches["main"][-1].oid)
-    assert commits(server) == [hub.TITLE]
+    assert commits(server) == [push.TITLE]
     assert server.log.count("upload") == len(server.large)
     assert "No files have been modified" not in caplog.text
 
@@ -178,7 +179,7 @@ def test_a_branch(server: Hub, bare: Adapter) -> None:
     bare.push_to_hub("me/glow", revision="trial")
     assert HUB_WEIGHTS in files(server, revision="trial")
     assert HUB_WEIGHTS not in files(server)
-    assert commits(server, revision="trial") == [hub.TITLE]
+    assert commits(server, revision="trial") == [push.TITLE]
 
 
 def test_a_pull_request_is_opened_once(server: Hub, bare: Adapter) -> None:
@@ -384,7 +385,7 @@ def test_a_fault_is_one_sentence_and_running_again_finishes(
     assert "me/glow" not in server.repos or not commits(server)
     server.faults.clear()
     bare.push_to_hub("me/glow")
-    assert commits(server) == [hub.TITLE]
+    assert commits(server) == [push.TITLE]
     assert HUB_WEIGHTS in files(server)
 
 
@@ -417,7 +418,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_again(server: Hub, bare: Ada
     with pytest.raises(HubError, match=r"no connection.*run it again"):
         bare.push_to_hub("me/glow")
     assert not bare.push_to_hub("me/glow").changed
-    assert commits(server) == [hub.TITLE]
+    assert commits(server) == [push.TITLE]
 
 
 def test_a_conflict_when_it_is_made_is_fine(server: Hub, bare: Adapter) -> None:

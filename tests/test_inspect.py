@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.factors import Factors
+from alignprop_pipe.adapters.inspect import Inspection, inspect_adapter, sha256_of
+from alignprop_pipe.adapters.programs import hidden_by, unknown_to_comfyui, verdicts
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.factors import Factors
-from alignprop_pipe.inspection import Inspection, inspect_adapter, sha256_of
-from alignprop_pipe.programs import hidden_by, unknown_to_comfyui, verdicts
 
 
 def inspected(adapter: Adapter, form: Any, folder: Path) -> Inspection:

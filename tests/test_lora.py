@@ -10,8 +10,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from alignprop_pipe import lora, stock
-from alignprop_pipe.config import LoraOptions
+from alignprop_pipe.config.settings import LoraOptions
+from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.errors import PipelineError
 
 SMALL = LoraOptions(rank=2)

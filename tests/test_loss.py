@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.choices import Hinge, Loss, Maximize, Target
-from alignprop_pipe.loss import loss_of, merit_of
+from alignprop_pipe.config.choices import Hinge, Loss, Maximize, Target
+from alignprop_pipe.training.loss import loss_of, merit_of
 
 NUMBERS = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8)
 

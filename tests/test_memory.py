@@ -2,8 +2,8 @@
 
 import pytest
 
-from alignprop_pipe.choices import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
-from alignprop_pipe.memory import recomputed
+from alignprop_pipe.config.choices import Checkpointing, KeepSteps, RecomputeAll, RecomputeNone
+from alignprop_pipe.diffusion.checkpointing import recomputed
 
 
 @pytest.mark.parametrize(

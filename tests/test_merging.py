@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from alignprop_pipe import AlignPropPipeline, load_adapter
-from alignprop_pipe import merging as subject
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters import merge as subject
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.factors import Factors
+from alignprop_pipe.adapters.merge import fused_weight, merge
 from alignprop_pipe.errors import AdapterError, PipelineError, RunError
-from alignprop_pipe.factors import Factors
-from alignprop_pipe.merging import fused_weight, merge
 
 
 def pictures(pipe: Any, family: str) -> Tensor:

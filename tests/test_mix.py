@@ -17,13 +17,13 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from alignprop_pipe import mix
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import load_adapter, read_metadata
+from alignprop_pipe.adapters.factors import Factors
+from alignprop_pipe.adapters.header import Base
+from alignprop_pipe.adapters.mix import Energy, name_of
+from alignprop_pipe.diffusion.lora import attention_linears
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.export import load_adapter, read_metadata
-from alignprop_pipe.export_header import Base
-from alignprop_pipe.factors import Factors
-from alignprop_pipe.lora import attention_linears
-from alignprop_pipe.mixing import Energy, name_of
 
 PIPE = sd15()
 """Never written to: it says which layers there are, and how large."""

@@ -13,7 +13,7 @@ from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.cli.app import app
 from alignprop_pipe.errors import AlignError, RewardError
 from alignprop_pipe.rewards import ClipScore, Smooth
-from alignprop_pipe.rewards.network import check_fits, doubt_about
+from alignprop_pipe.rewards.networks.network import check_fits, doubt_about
 
 NAMED = "knows emoji pictures alone: name one with model="
 

@@ -14,9 +14,9 @@ from originals_clip import TEXTS
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from alignprop_pipe.rewards import weights
-from alignprop_pipe.rewards.aesthetic import linear_head
-from alignprop_pipe.rewards.open_clip import token_ids
+from alignprop_pipe.rewards.networks import weights
+from alignprop_pipe.rewards.networks.open_clip import token_ids
+from alignprop_pipe.rewards.scorers.aesthetic import linear_head
 
 ORIGINALS = os.environ.get("ALIGNPROP_ORIGINALS", "")
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from alignprop_pipe import picture_files
 from alignprop_pipe.errors import PromptError
 from alignprop_pipe.images import png_bytes
-from alignprop_pipe.picture_files import Found, Skipped
+from alignprop_pipe.scoring import picture_files
+from alignprop_pipe.scoring.picture_files import Found, Skipped
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (8, 6), mode: str = "RGB") -> Image.Image:

@@ -34,10 +34,12 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from alignprop_pipe import Adapter, AlignPropPipeline, export, lora, stock
-from alignprop_pipe.align import start
+from alignprop_pipe import Adapter, AlignPropPipeline
+from alignprop_pipe.adapters import apply
+from alignprop_pipe.adapters.factors import Factors
 from alignprop_pipe.bundled import MODELS_DIR
-from alignprop_pipe.config import PRESETS, AlignConfig, LoraOptions
+from alignprop_pipe.config.settings import PRESETS, AlignConfig, LoraOptions
+from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.errors import (
     AdapterError,
     ConfigError,
@@ -49,11 +51,11 @@ from alignprop_pipe.errors import (
     RewardValueError,
     RunError,
 )
-from alignprop_pipe.factors import Factors
 from alignprop_pipe.pipeline import Session, aligned_class, config_of, known_types, stock_class, tell_about
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards.registry import as_reward
-from alignprop_pipe.rewards.simple import Brightness
+from alignprop_pipe.rewards.scorers.simple import Brightness
+from alignprop_pipe.training.loop import start
 
 # --- the same as the stock pipeline -----------------------------------------------------------------------------------
 
@@ -607,7 +609,7 @@ def test_another_lora_is_named_wherever_the_adapter_goes(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "alignprop_pipe"):
         result = align(pipe, out=tmp_path / "run")
     assert "trained on top of LoRA 'style' in unet (0.8): the adapter belongs with it" in caplog.text
-    assert export.read_metadata(tmp_path / "run")["alignprop.trained_with"] == "'style' in unet (0.8)"
+    assert apply.read_metadata(tmp_path / "run")["alignprop.trained_with"] == "'style' in unet (0.8)"
     assert "'style' in unet (0.8)" in str(result)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "alignprop_pipe"):

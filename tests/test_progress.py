@@ -11,8 +11,8 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm import auto
 from transformers.utils import logging as of_transformers
 
-from alignprop_pipe.progress import fitted, size
 from alignprop_pipe.records import Evidence, StepRecord
+from alignprop_pipe.training.progress import fitted, size
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_a_judges_name_is_no_format_and_steers_no_terminal(capsys, monkeypatch) 
     named, words = fitted("step", "1/2", record(1), look(judges={"{n}\x1b[2J": 1.0}), 199)
     assert named == "step "
     assert "\x1b" not in words
-    from alignprop_pipe.progress import Bar
+    from alignprop_pipe.training.progress import Bar
 
     bar = Bar(2)
     bar.on_step(record(1, evidence=look(judges={"{n}": 1.0})))

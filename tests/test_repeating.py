@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from alignprop_pipe import AlignPropPipeline, repeating
+from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.rewards import registry
+from alignprop_pipe.runs import repeating
 
 ROOT = Path(__file__).parents[1]
 MIXED = "zscore(brightness) + 0.5*zscore(jpeg)"

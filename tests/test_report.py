@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_runs import look, new_run, record
 
-from alignprop_pipe import drawings, pairs
 from alignprop_pipe.images import to_pil
 from alignprop_pipe.records import Change, Evidence
-from alignprop_pipe.report import summary_sentences
+from alignprop_pipe.runs import drawings, pairs
+from alignprop_pipe.runs.report import summary_sentences
 
 NASTY = "<script>alert(\"x\")</script> & '$title ${command}' <img src=http://a.b/c onerror=x>"
 
@@ -256,7 +256,7 @@ def test_a_picture_of_any_dtype_is_clamped_not_wrapped():
 
 
 def test_on_a_phone_every_number_has_its_columns_name() -> None:
-    from alignprop_pipe.report import _table
+    from alignprop_pipe.runs.report import _table
 
     made = _table(("score", "before <1>"), [("clip", "0.5")], numbers_from=1)
     assert '<td class="number" data-label="before &lt;1&gt;">0.5</td>' in made

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.records import Evidence, StepRecord
-from alignprop_pipe.result import AlignResult, changes_between, kept_evidence
+from alignprop_pipe.training.result import AlignResult, changes_between, kept_evidence
 
 
 def look(step: int, *rewards: float) -> Evidence:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import SiglipImageProcessorPil
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards import Aesthetic, Aesthetic25, Reward, as_reward, parse_reward, weights
+from alignprop_pipe.rewards import Aesthetic, Aesthetic25, Reward, as_reward, parse_reward
+from alignprop_pipe.rewards.networks import weights
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,8 @@ from transformers import (
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import AlignError, RewardError
-from alignprop_pipe.rewards import ClipScore, check_reward, clip, parse_reward
+from alignprop_pipe.rewards import ClipScore, check_reward, parse_reward
+from alignprop_pipe.rewards.networks import clip
 
 PROMPTS = ["a dog on a red background", "two cats", "three foxes in the snow, a photo of the sea and the sky"]
 

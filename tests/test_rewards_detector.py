@@ -20,7 +20,7 @@ from transformers import (
 from transformers.image_transforms import center_to_corners_format
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards.detector import EdgePixels, SquarePixels, axis_weights, corners, load_detector
+from alignprop_pipe.rewards.objects.detector import EdgePixels, SquarePixels, axis_weights, corners, load_detector
 
 PIXELS = json.loads((Path(__file__).parent / "data" / "owlv2_pixels.json").read_text())["rows"]
 NAMES = ["dog", "red fox", "car"]
@@ -156,7 +156,7 @@ def test_one_query_does_not_depend_on_the_others(owl):
 
 
 def test_texts_are_kept_up_to_a_limit(owl, monkeypatch):
-    from alignprop_pipe.rewards import detector as module
+    from alignprop_pipe.rewards.objects import detector as module
 
     monkeypatch.setattr(module, "KEPT_NAMES", 2)
     detector, images = load_detector(str(owl)), tensor(picture(32, 32))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignprop_pipe.prompts import named_sets
-from alignprop_pipe.rewards.english import MOST, NUMBER_WORDS, in_vocabulary, number_of, read_objects, singular
+from alignprop_pipe.rewards.objects.english import MOST, NUMBER_WORDS, in_vocabulary, number_of, read_objects, singular
 
 COCO = ("person", "dog", "cat", "couch", "apple", "orange", "dining table", "skis", "scissors", "car", "cell phone")
 PLURALS = {

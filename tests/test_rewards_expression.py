@@ -291,7 +291,7 @@ def test_every_name_can_be_made_and_says_what_it_is():
 
 def test_the_table_is_read_without_torch():
     code = "import sys; from alignprop_pipe.rewards import REGISTRY; assert REGISTRY['jpeg'].summary; "
-    code += "import alignprop_pipe.rewards.registry, alignprop_pipe.rewards.expression; print('torch' in sys.modules)"
+    code += "import alignprop_pipe.rewards.registry, alignprop_pipe.config.expression; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -11,8 +11,9 @@ from clip_family import PROMPTS, SIDE, SIZES, picture, tensor
 from safetensors.torch import load_file, save_file
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards import HpsV2, HpsV21, parse_reward, weights
-from alignprop_pipe.rewards.open_clip import clip_names
+from alignprop_pipe.rewards import HpsV2, HpsV21, parse_reward
+from alignprop_pipe.rewards.networks import weights
+from alignprop_pipe.rewards.networks.open_clip import clip_names
 
 
 @pytest.fixture(autouse=True)

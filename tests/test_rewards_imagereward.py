@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.rewards import check_reward, parse_reward
-from alignprop_pipe.rewards.imagereward import ImageReward, load_words, preprocessed
+from alignprop_pipe.rewards.scorers.imagereward import ImageReward, load_words, preprocessed
 
 NUMBERS = Path(__file__).parent / "data" / "imagereward.json"
 ORIGINALS = os.environ.get("ALIGNPROP_ORIGINALS")

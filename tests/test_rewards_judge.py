@@ -13,7 +13,7 @@ from alignprop_pipe.errors import AlignError, RewardError
 from alignprop_pipe.pipeline import usual_config
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import AttributeJudge
-from alignprop_pipe.rewards.judge import knows
+from alignprop_pipe.rewards.scorers.judge import knows
 
 LABELS = ["subject:dog", "subject:cat", "subject:fox", "count:one", "count:two", "background:red", "background:blue"]
 PREPROCESSOR = {

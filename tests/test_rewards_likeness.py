@@ -3,11 +3,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.evidence import with_chosen_judge
 from alignprop_pipe.rewards import as_reward, calibrate, parse_reward
-from alignprop_pipe.rewards.likeness import SMALL_CLIPS, Likeness, free_judge
+from alignprop_pipe.rewards.scorers.likeness import SMALL_CLIPS, Likeness, free_judge
+from alignprop_pipe.training.evidence import with_chosen_judge
 
 
 def base(count: int = 12, size: int = 32) -> torch.Tensor:

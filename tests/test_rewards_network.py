@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards.network import NetworkReward
+from alignprop_pipe.rewards.networks.network import NetworkReward
 
 
 class Small(NetworkReward):

@@ -20,7 +20,7 @@ from transformers import (
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.prompts import named_sets
 from alignprop_pipe.rewards import Contains, Count, Without, check_reward, parse_reward
-from alignprop_pipe.rewards.objects import Seen, hard_counts, log_exactly, log_some, overlaps, suppress
+from alignprop_pipe.rewards.objects.count import Seen, hard_counts, log_exactly, log_some, overlaps, suppress
 
 DOGS = ["two dogs", "a dog", "no dogs"]
 
@@ -241,7 +241,7 @@ def test_yolos_scores_equal_transformers_and_loops(yolos):
 
 
 def test_only_the_likeliest_boxes_are_looked_at(owl, monkeypatch):
-    from alignprop_pipe.rewards import objects
+    from alignprop_pipe.rewards.objects import count as objects
 
     images = tensor(picture(32, 32))
     found = sorted(owl_found(owl, picture(32, 32), "dog"), key=lambda pair: -pair[0])

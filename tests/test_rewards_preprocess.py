@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards.preprocess import Preprocess, center_crop, resize, target_size
+from alignprop_pipe.rewards.networks.preprocess import Preprocess, center_crop, resize, target_size
 
 PILLOW, TALL = int(PIL.__version__.split(".")[0]), (200, 77)
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.27, 0.28)

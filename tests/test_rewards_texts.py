@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from alignprop_pipe.rewards import HpsV2, HpsV21, ImageReward, PickScore, Reward, parse_reward
-from alignprop_pipe.rewards.ask import Ask
-from alignprop_pipe.rewards.clip import ClipScore
-from alignprop_pipe.rewards.network import cuts_in
-from alignprop_pipe.rewards.open_clip import cleaned
+from alignprop_pipe.rewards.networks.clip import ClipScore
+from alignprop_pipe.rewards.networks.network import cuts_in
+from alignprop_pipe.rewards.networks.open_clip import cleaned
+from alignprop_pipe.rewards.scorers.ask import Ask
 
 OPEN_CLIP = {
     "two dogs": "two dogs",

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards.wanted import absent_for, counts_for, counts_from, known_name, names_from, present_for
+from alignprop_pipe.rewards.objects.targets import (
+    absent_for,
+    counts_for,
+    counts_from,
+    known_name,
+    names_from,
+    present_for,
+)
 
 names = st.sampled_from(["dog", "red apple", "cell phone", "fox"])
 

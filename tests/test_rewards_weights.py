@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards import weights
-from alignprop_pipe.rewards.weights import load_into, load_tensors, locate
+from alignprop_pipe.rewards.networks import weights
+from alignprop_pipe.rewards.networks.weights import load_into, load_tensors, locate
 
 NAMES = ("head.safetensors", "head.pth")
 

@@ -22,13 +22,13 @@ from diffusers import (
 from miniatures import make_scheduler
 from torch import Tensor, nn
 
-from alignprop_pipe import lora, stock
-from alignprop_pipe.config import AlignConfig, LoraOptions
+from alignprop_pipe.config.settings import AlignConfig, LoraOptions
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.gradient import graded_steps
+from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
-from alignprop_pipe.rollout import rollout
 from alignprop_pipe.seeds import SeededDraws
-from alignprop_pipe.truncation import graded_steps
 
 pytestmark = [
     # diffusers' Euler scheduler hands torch tensors to NumPy 2; its SDXL pipeline calls a method that it deprecates.

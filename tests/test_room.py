@@ -11,11 +11,11 @@ import torch
 from aligning import align, aligned, state
 from typer.testing import CliRunner
 
-from alignprop_pipe import room
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.config import AlignConfig, SamplingOptions
+from alignprop_pipe.config.settings import AlignConfig, SamplingOptions
+from alignprop_pipe.diffusion import memory
+from alignprop_pipe.diffusion.sample import sample_pictures
 from alignprop_pipe.errors import ConfigError
-from alignprop_pipe.sampling import sample_pictures
 
 HUGE = {"height": 100000, "width": 100000}
 
@@ -44,28 +44,28 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(changed: dict[str, An
 
 def test_what_would_fit_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes that the message names are let through, and the next ones are not."""
-    monkeypatch.setattr(room, "available", lambda _: 2e9)
+    monkeypatch.setattr(memory, "available", lambda _: 2e9)
     config, pipe = aligning.settings(height=4096, width=4096, batch_size=4, checkpointing="none"), aligned()
     with pytest.raises(ConfigError) as caught:
-        room.check_training(pipe, config, {}, 0)
+        memory.check_training(pipe, config, {}, 0)
     side = int(str(caught.value).split("What would fit: ")[1].split("x")[0])
     assert 64 < side < 4096
-    room.check_training(pipe, config.replace(height=side, width=side), {}, 0)
+    memory.check_training(pipe, config.replace(height=side, width=side), {}, 0)
     with pytest.raises(ConfigError):
-        room.check_training(pipe, config.replace(height=side + 64, width=side + 64), {}, 0)
-    room.check_training(pipe, config.replace(height=side + 64, width=side + 64, checkpointing="all"), {}, 0)
+        memory.check_training(pipe, config.replace(height=side + 64, width=side + 64), {}, 0)
+    memory.check_training(pipe, config.replace(height=side + 64, width=side + 64, checkpointing="all"), {}, 0)
 
 
 def test_ordinary_runs_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_line", lambda *_: pytest.fail("a picture was drawn"))
-    room.check_training(aligned(), AlignConfig.preset("emoji").replace(height=64, width=64), {}, 100)
-    room.check_drawing(aligned(), SamplingOptions(height=512, width=512), {}, 1)
+    monkeypatch.setattr(memory, "_line", lambda *_: pytest.fail("a picture was drawn"))
+    memory.check_training(aligned(), AlignConfig.preset("emoji").replace(height=64, width=64), {}, 100)
+    memory.check_drawing(aligned(), SamplingOptions(height=512, width=512), {}, 1)
 
 
 def test_a_video_of_too_many_frames_is_refused() -> None:
     sampling = SamplingOptions(height=1024, width=1024, num_inference_steps=2)
     with pytest.raises(ConfigError, match="GB of memory"):
-        room.check_drawing(aligned(miniatures.wan()), sampling, {"num_frames": 80001}, 4)
+        memory.check_drawing(aligned(miniatures.wan()), sampling, {"num_frames": 80001}, 4)
 
 
 def test_pictures_that_cannot_fit_are_not_drawn(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_pictures_that_cannot_fit_are_not_drawn(tmp_path: Path) -> None:
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "max").write_text("5000\n")
     (tmp_path / "current").write_text("2000\n")
-    monkeypatch.setattr(room, "LIMITS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
-    assert room.available(torch.device("cpu")) == 3000
+    monkeypatch.setattr(memory, "LIMITS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert memory.available(torch.device("cpu")) == 3000
     (tmp_path / "max").write_text("max\n")
-    assert room.available(torch.device("cpu")) > 10**8
+    assert memory.available(torch.device("cpu")) > 10**8

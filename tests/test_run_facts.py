@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from alignprop_pipe import repeating
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.config import FIELD_PATHS, PARTS
+from alignprop_pipe.config.settings import FIELD_PATHS, PARTS
 from alignprop_pipe.errors import ConfigError
-from alignprop_pipe.run_facts import EACH, RUN, check_run
+from alignprop_pipe.runs import repeating
+from alignprop_pipe.runs.facts import EACH, RUN, check_run
 
 WHOLE: dict[str, Any] = {"config": {}, "model": "emoji", "reward": "tv", "prompts": ["a dog", "a cat"]}
 ODD = (True, 0, -1, 10**400, float("nan"), float("inf"), "x", "", [], [1], {}, {"a": 1}, [[[]]])

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from alignprop_pipe import files
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import write_whole
 from alignprop_pipe.records import Evidence, StepRecord
-from alignprop_pipe.runs import RunFolder, read_metrics, slug
+from alignprop_pipe.runs.folder import RunFolder, read_metrics, slug
 
 PROMPTS = ("two dogs on a blue background", "一只狐狸 <b>🦊</b>", "../../etc/passwd")
 

@@ -6,9 +6,9 @@ import miniatures
 import pytest
 from PIL import Image
 
-from alignprop_pipe.config import SamplingOptions
+from alignprop_pipe.config.settings import SamplingOptions
+from alignprop_pipe.diffusion.sample import noise_generator, sample_pictures
 from alignprop_pipe.images import make_grid, png_bytes, side_by_side
-from alignprop_pipe.sampling import noise_generator, sample_pictures
 
 FAST = SamplingOptions(num_inference_steps=2, guidance_scale=2.0)
 

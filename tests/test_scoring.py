@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignprop_pipe import scoring
 from alignprop_pipe.errors import PromptError
-from alignprop_pipe.picture_files import Found
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import ClipScore, Jpeg, PythonReward, Reward, parse_reward
-from alignprop_pipe.scoring import Scored, Task
+from alignprop_pipe.scoring import score as scoring
+from alignprop_pipe.scoring.picture_files import Found
+from alignprop_pipe.scoring.score import Scored, Task
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (8, 6), mode: str = "RGB") -> Image.Image:

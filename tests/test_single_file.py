@@ -30,10 +30,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_pipe import AlignPropPipeline, single_file
-from alignprop_pipe.checkpoint import original_checkpoint, write_checkpoint
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.adapters.checkpoint import original_checkpoint, write_checkpoint
+from alignprop_pipe.diffusion import single_file
+from alignprop_pipe.diffusion.single_file import CONFIGS, Weights, shipped_config, single_file_class
 from alignprop_pipe.errors import PipelineError
-from alignprop_pipe.single_file import CONFIGS, Weights, shipped_config, single_file_class
 
 TEXT = "a red fox, \u00e4nd 2 dogs!"
 

@@ -16,19 +16,19 @@ from test_hub import server as server  # a fixture
 from typer.testing import CliRunner
 
 from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, PromptSet, parse_reward
-from alignprop_pipe.adapter_files import located
+from alignprop_pipe.adapters.files import located
+from alignprop_pipe.adapters.inspect import inspect_adapter
+from alignprop_pipe.adapters.mix import mix
 from alignprop_pipe.bundled import is_bundled
 from alignprop_pipe.cli.app import app
 from alignprop_pipe.cli.drawing import check_out
 from alignprop_pipe.cli.opening import check_model, is_model
 from alignprop_pipe.cli.planning import SettingsFile
 from alignprop_pipe.errors import AlignError, HubError, PipelineError, RewardError
-from alignprop_pipe.inspection import inspect_adapter
-from alignprop_pipe.mixing import mix
-from alignprop_pipe.picture_files import find_pictures
-from alignprop_pipe.rewards.python import load_module
-from alignprop_pipe.rewards.weights import place_of
-from alignprop_pipe.runs import check_place, read_metrics
+from alignprop_pipe.rewards.networks.weights import place_of
+from alignprop_pipe.rewards.scorers.python import load_module
+from alignprop_pipe.runs.folder import check_place, read_metrics
+from alignprop_pipe.scoring.picture_files import find_pictures
 from alignprop_pipe.sources import HubName, exists, expanded, hub_hint, is_file, is_folder, on_hub
 
 NAMES = [

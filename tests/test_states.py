@@ -30,12 +30,13 @@ from diffusers.hooks import (
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from alignprop_pipe import Adapter, AlignPropPipeline, inspect_adapter, lora, stock
-from alignprop_pipe.config import AlignConfig, LoraOptions
+from alignprop_pipe import Adapter, AlignPropPipeline, inspect_adapter
+from alignprop_pipe.config.settings import AlignConfig, LoraOptions
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import AdapterError, PipelineError
-from alignprop_pipe.forecast import forecast
 from alignprop_pipe.records import PromptBatch
-from alignprop_pipe.rollout import rollout
+from alignprop_pipe.training.forecast import forecast
 
 State = Callable[[Any], object]
 

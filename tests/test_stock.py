@@ -12,8 +12,8 @@ from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from alignprop_pipe import stock
-from alignprop_pipe.config import SamplingOptions
+from alignprop_pipe.config.settings import SamplingOptions
+from alignprop_pipe.diffusion import stock
 from alignprop_pipe.errors import PipelineError
 
 NETWORKS = {

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from sweep.build import build
 from torch import Tensor
 
-from alignprop_pipe.adapter import Adapter
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.inspection import inspect_adapter
 
 Tensors = dict[str, Tensor]
 NATIVE = {

@@ -15,12 +15,12 @@ from random_adapters import by_peft, draw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_pipe import merging, mixing, strength
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.adapter_files import read_file
+from alignprop_pipe.adapters import merge, mix, strength
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import load_adapter
+from alignprop_pipe.adapters.files import read_file
+from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.errors import AdapterError
-from alignprop_pipe.export import load_adapter
-from alignprop_pipe.inspection import inspect_adapter
 
 Q, V = ".*attn1\\.to_q", "attn2.to_v"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -49,11 +49,11 @@ def test_the_picture_is_that_of_peft(name: str, tmp_path: Path) -> None:
     adapter = Adapter.load(tmp_path / "theirs")
     ways: list[Any] = [tmp_path / "theirs", tmp_path / "theirs/adapter_model.safetensors", adapter]
     ways += adapter.save(tmp_path / "a.safetensors", format="both")
-    ways += [mixing.mix([(tmp_path / "theirs", 1.0)])]
+    ways += [mix.mix([(tmp_path / "theirs", 1.0)])]
     for way in ways:
         torch.testing.assert_close(drawn_with(way), picture, atol=1e-5, rtol=0)
     pipe = FAMILIES["sd15"].make()
-    merging.merge(pipe, tmp_path / "theirs", tmp_path / "merged")
+    merge.merge(pipe, tmp_path / "theirs", tmp_path / "merged")
     merged = type(pipe).from_pretrained(tmp_path / "merged", safety_checker=None)
     torch.testing.assert_close(draw(merged, **FAMILIES["sd15"].call(1)), picture, atol=1e-5, rtol=0)
     found = inspect_adapter(tmp_path / "theirs")
@@ -147,7 +147,7 @@ def test_names_of_peft_without_its_settings(prefix: str, tmp_path: Path, caplog:
     found = inspect_adapter(tmp_path / "adapter_model.safetensors")
     assert "PEFT keeps alpha in adapter_config.json, which is not beside it" in " ".join(found.problems)
     with caplog.at_level(logging.WARNING):
-        merging.merge(FAMILIES["sd15"].make(), tmp_path / "adapter_model.safetensors", tmp_path / "merged")
+        merge.merge(FAMILIES["sd15"].make(), tmp_path / "adapter_model.safetensors", tmp_path / "merged")
     assert "strength is in doubt" in caplog.text
 
 

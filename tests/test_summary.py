@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.choices import Hinge, Maximize, Target
-from alignprop_pipe.evidence import diversity, measures_of
+from alignprop_pipe.config.choices import Hinge, Maximize, Target
 from alignprop_pipe.records import Change, Evidence, StepRecord
-from alignprop_pipe.summary import RunWarning, Watch, diversity_change, paired_change, warnings_of
+from alignprop_pipe.runs.summary import RunWarning, Watch, diversity_change, paired_change, warnings_of
+from alignprop_pipe.training.evidence import diversity, measures_of
 
 EVEN = tuple(0.5 + 0.02 * number for number in range(16))
 

@@ -7,7 +7,7 @@ import pytest
 
 from alignprop_pipe.cli.app import sample, train
 from alignprop_pipe.cli.options import config_for
-from alignprop_pipe.config import FIELD_PATHS, PRESETS, AlignConfig, SamplingOptions
+from alignprop_pipe.config.settings import FIELD_PATHS, PRESETS, AlignConfig, SamplingOptions
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -32,7 +32,7 @@ def test_sample_takes_exactly_the_sampling_settings() -> None:
 
 def test_the_python_call_starts_from_the_same_preset() -> None:
     from alignprop_pipe.bundled import preset_for
-    from alignprop_pipe.config import AlignConfig
+    from alignprop_pipe.config.settings import AlignConfig
 
     for model in ("emoji", "org/name"):
         assert config_for(model, {}) == AlignConfig.preset(preset_for(model))

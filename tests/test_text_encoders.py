@@ -10,8 +10,8 @@ import miniatures
 import pytest
 import torch
 
-from alignprop_pipe import text_encoders
-from alignprop_pipe.text_encoders import EncodedPrompts
+from alignprop_pipe.diffusion import text_encoders
+from alignprop_pipe.diffusion.text_encoders import EncodedPrompts
 
 PROMPTS = ["a red dog", "two cats", "three birds on the snow"]
 

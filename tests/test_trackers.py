@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from alignprop_pipe import AlignConfig, Trackers
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.records import Evidence, StepRecord
-from alignprop_pipe.trackers import numbers_of
+from alignprop_pipe.runs.trackers import numbers_of
 
 LOOK = Evidence(
     step=1, prompts=("a", "b"), reward=0.5, parts={"clip": 0.25}, judges={"emoji_judge": 1.0}, diversity=0.125,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_pipe.choices import FullBackprop, LastK, RandomLastK, truncation_from_text
-from alignprop_pipe.truncation import graded_steps, mean_graded_steps
+from alignprop_pipe.config.choices import FullBackprop, LastK, RandomLastK, truncation_from_text
+from alignprop_pipe.diffusion.gradient import graded_steps, mean_graded_steps
 
 RULES = st.one_of(
     st.just(FullBackprop()),

@@ -13,9 +13,11 @@ import torch
 from aligning import align, aligned, same
 from torch import Tensor, nn
 
-from alignprop_pipe import Adapter, AlignPropPipeline, evidence, lora, stock
+from alignprop_pipe import Adapter, AlignPropPipeline
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.sample import sample_pictures
 from alignprop_pipe.rewards import PythonReward, as_reward
-from alignprop_pipe.sampling import sample_pictures
+from alignprop_pipe.training import evidence
 
 
 def random_states() -> tuple[Any, ...]:

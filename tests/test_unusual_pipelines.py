@@ -13,11 +13,12 @@ from sweep.checks import Case, check
 from sweep.classes import arguments
 from torch import nn
 
-from alignprop_pipe import AlignPropPipeline, lora, stock
-from alignprop_pipe.config import LoraOptions
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.config.settings import LoraOptions
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch
-from alignprop_pipe.rollout import rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,8 +11,8 @@ from aligning import align, aligned
 from typer.testing import CliRunner
 
 from alignprop_pipe.cli.app import app
-from alignprop_pipe.result import AlignResult
-from alignprop_pipe.summary import Watch
+from alignprop_pipe.runs.summary import Watch
+from alignprop_pipe.training.result import AlignResult
 
 PROMPTS = ["a dog", "two cats", "a red fox", "the sea", "a house", "a boat", "a tree", "a cup"]
 GAMED = "The judge -brightness, which was never trained on, fell"
@@ -72,7 +72,7 @@ def test_an_adapter_without_its_run_says_what_its_header_knows(
 ) -> None:
     import dataclasses
 
-    from alignprop_pipe.adapter import Adapter
+    from alignprop_pipe.adapters.adapter import Adapter
 
     file = ended[0].adapter.save(tmp_path / "a.safetensors", format="diffusers")[0]
     alone = dataclasses.replace(Adapter.load(file), run_folder=None)

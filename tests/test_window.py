@@ -19,12 +19,14 @@ from peft.tuners.lora import LoraLayer
 from random_adapters import draw, random_adapter
 from torch import Tensor
 
-from alignprop_pipe import AlignPropPipeline, lora, windows
-from alignprop_pipe.adapter import Adapter
-from alignprop_pipe.choices import Window, window_from_text
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import load_adapter, read_metadata, remove_adapter
+from alignprop_pipe.config.choices import Window, window_from_text
+from alignprop_pipe.diffusion import lora
+from alignprop_pipe.diffusion import window as windows
+from alignprop_pipe.diffusion.lora import attention_linears
 from alignprop_pipe.errors import AdapterError, ConfigError, PipelineError
-from alignprop_pipe.export import load_adapter, read_metadata, remove_adapter
-from alignprop_pipe.lora import attention_linears
 
 SCHEDULERS = [
     "DDIMScheduler",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignprop_pipe.bundled import preset_for
-from alignprop_pipe.choices import window_from_text
 from alignprop_pipe.cli import comfy, console, exporting, mixing, pushing, scores
 from alignprop_pipe.cli.drawing import Sheet, check_out, draw
 from alignprop_pipe.cli.opening import check_model, find_device, is_model, open_pipeline
@@ -26,14 +25,15 @@ from alignprop_pipe.cli.options import (
 )
 from alignprop_pipe.cli.planning import Plan, open_planned, planned
 from alignprop_pipe.cli.usage import Commands
-from alignprop_pipe.config import AlignConfig, SamplingOptions
+from alignprop_pipe.config.choices import window_from_text
+from alignprop_pipe.config.settings import AlignConfig, SamplingOptions
 from alignprop_pipe.errors import AlignError
 from alignprop_pipe.layout import ADAPTER, REPORT, SHEET
 from alignprop_pipe.sources import adapter_in, expanded, hub_hint, is_file, is_folder, on_hub
 
 if TYPE_CHECKING:
-    from alignprop_pipe.result import AlignResult
     from alignprop_pipe.rewards.base import Reward
+    from alignprop_pipe.training.result import AlignResult
 
 
 app = typer.Typer(
@@ -110,7 +110,7 @@ def train(request: TrainRequest, settings: Mapping[str, Any]) -> None:
     plan = planned(request, settings, output)
     for note in plan.notes:
         output.say(note)
-    from alignprop_pipe.repeating import free_threads, on_threads
+    from alignprop_pipe.runs.repeating import free_threads, on_threads
 
     with on_threads(plan.facts.get("threads") or free_threads()):
         _train(plan, output)
@@ -138,8 +138,8 @@ def _train(plan: Plan, output: console.Output) -> None:
 
 def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "Reward") -> None:
     """What would run, and what it costs."""
-    from alignprop_pipe.forecast import forecast
-    from alignprop_pipe.room import check_training
+    from alignprop_pipe.diffusion.memory import check_training
+    from alignprop_pipe.training.forecast import forecast
 
     check_training(pipe, config, {}, config.evaluation.eval_prompts)
     with console.waiting(output, "measuring one step"):
@@ -255,7 +255,7 @@ def sample(request: SampleRequest, settings: Mapping[str, Any]) -> None:
         adapter = _adapter_file(request)
     problems.tell()
     pipe = open_pipeline(model, request, output)
-    from alignprop_pipe.effects import drawing_without_effect, tell
+    from alignprop_pipe.diffusion.effects import drawing_without_effect, tell
 
     tell(sampling, drawing_without_effect(pipe, sampling, settings, {}))
     sheet = Sheet.begin(request, model, sampling, adapter)
@@ -279,7 +279,7 @@ def _adapter_file(request: SampleRequest) -> Path | None:
         hint = hub_hint(request.adapter)
         raise typer.BadParameter(f"there is no file {str(path)!r}{hint}", param_hint="--adapter")
 
-    from alignprop_pipe.resolve import local_file
+    from alignprop_pipe.adapters.resolve import local_file
 
     local_file(request.adapter)  # before the model is loaded, since it may not be there
     return request.adapter

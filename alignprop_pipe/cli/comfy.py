@@ -26,7 +26,7 @@ def install(folder: Folder, debug: Debug = False) -> None:
     The package must be installed for the Python that runs ComfyUI. Twice does no harm.
     """
     with console.translated(debug=debug):
-        from alignprop_pipe.comfyui import install as write
+        from alignprop_pipe.comfy_install import install as write
 
         changed = write(folder)
         for path in changed:
@@ -38,7 +38,7 @@ def install(folder: Folder, debug: Debug = False) -> None:
 def uninstall(folder: Folder, debug: Debug = False) -> None:
     """Take the folder custom_nodes/alignprop away; LoRA files and pictures stay."""
     with console.translated(debug=debug):
-        from alignprop_pipe.comfyui import uninstall as remove
+        from alignprop_pipe.comfy_install import uninstall as remove
 
         gone = remove(folder)
         typer.echo("there is nothing to take away" if gone is None else console.shown(f"removed {gone}"))

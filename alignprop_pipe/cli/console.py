@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from alignprop_pipe.config import AlignConfig
+from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import AlignError, ConfigError, PromptError, RewardError
 from alignprop_pipe.escaping import one_line, visible
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from alignprop_pipe.prompts import Split
-    from alignprop_pipe.summary import RunWarning
+    from alignprop_pipe.runs.summary import RunWarning
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 USUAL_WIDTH = 80
@@ -185,7 +185,7 @@ class Progress:
     """
 
     def __init__(self, output: Output, config: AlignConfig, split: "Split") -> None:
-        from alignprop_pipe.summary import Watch
+        from alignprop_pipe.runs.summary import Watch
 
         self.output = output
         self.steps = config.steps
@@ -260,7 +260,7 @@ class Progress:
         self.output.say(text)
 
     def _draw(self, what: str, done: int, total: int) -> None:
-        from alignprop_pipe.progress import fitted
+        from alignprop_pipe.training.progress import fitted
 
         width = self.output.console.width
         named, words = fitted(what, f"{done}/{total}", self._record, self._look, width)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import alignprop_pipe
 from alignprop_pipe.cli.console import Output
 from alignprop_pipe.cli.options import SampleRequest
-from alignprop_pipe.config import SamplingOptions
+from alignprop_pipe.config.settings import SamplingOptions
 from alignprop_pipe.errors import RunError
 from alignprop_pipe.files import PROMPT_CHUNK, SHEET_CHUNK, write_whole
 from alignprop_pipe.sources import exists, on_hub
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from PIL import Image
 
-    from alignprop_pipe.sampling import Picture
+    from alignprop_pipe.diffusion.sample import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def check_out(out: Path) -> None:
 def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output: Output) -> list[Path]:
     """Draw and write every picture, then the grid, whose path comes last. Raises RunError."""
     from alignprop_pipe.images import enlarged, make_grid, png_bytes
-    from alignprop_pipe.runs import slug
+    from alignprop_pipe.runs.folder import slug
 
     files, shown = [], []
     for place, (picture, frames) in enumerate(_drawn(pipe, prompts, sheet)):
@@ -103,9 +103,9 @@ def _drawn(
     pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet
 ) -> Iterator[tuple["Picture", Sequence["Image.Image"]]]:
     """Pictures and their frames; to compare, the base is drawn before the adapter goes on."""
-    from alignprop_pipe.export import load_adapter
+    from alignprop_pipe.adapters.apply import load_adapter
+    from alignprop_pipe.diffusion.sample import sample_pictures
     from alignprop_pipe.images import side_by_side
-    from alignprop_pipe.sampling import sample_pictures
 
     asked = sheet.request
     how = {"seed": asked.seed, "num": asked.num, "batch_size": asked.batch_size}
@@ -122,7 +122,7 @@ def _drawn(
 
 def default_out(reward: str) -> Path:
     """`runs/<date>-<time>-<reward>`, under a name that is free."""
-    from alignprop_pipe.runs import slug
+    from alignprop_pipe.runs.folder import slug
 
     return _free(Path("runs", f"{datetime.now():%Y-%m-%d-%H%M}-{slug(reward, 'run')}"))
 

@@ -16,8 +16,8 @@ from alignprop_pipe.sources import exists, expanded
 if TYPE_CHECKING:
     import torch
 
-    from alignprop_pipe.adapter import Adapter
-    from alignprop_pipe.inspection import Block, Inspection
+    from alignprop_pipe.adapters.adapter import Adapter
+    from alignprop_pipe.adapters.inspect import Block, Inspection
 
 EXPORT_EXAMPLES = """[bold]Examples[/]
 
@@ -111,8 +111,8 @@ def export(request: ExportRequest) -> None:
     if exists(out):
         raise typer.BadParameter(f"{str(out)!r} exists already and is not overwritten", param_hint="--out")
     console.quiet_libraries(output)
-    from alignprop_pipe.adapter import Adapter
-    from alignprop_pipe.inspection import inspect_adapter, sha256_of
+    from alignprop_pipe.adapters.adapter import Adapter
+    from alignprop_pipe.adapters.inspect import inspect_adapter, sha256_of
 
     adapter = Adapter.load(expanded(request.adapter), allow_pickle=request.allow_pickle)
     output.say(f"read: {adapter}")
@@ -137,7 +137,7 @@ def _merged(adapter: "Adapter", out: Path, request: ExportRequest, output: conso
         )
     where = Common(device="cpu", dtype="float32", quiet=request.quiet, json=request.json, debug=request.debug)
     pipe = open_pipeline(model, where, output)
-    from alignprop_pipe.merging import merge
+    from alignprop_pipe.adapters.merge import merge
 
     with console.waiting(output, f"merging into {model}"):
         merge(pipe, adapter, out, dtype=_dtype(request.dtype))
@@ -158,7 +158,7 @@ def inspect(request: InspectRequest) -> None:
     """Say what is in an adapter file: model, ranks, where it changes how much, who loads it, and what is wrong."""
     output = console.Output(quiet=request.quiet, json=request.json)
     console.quiet_libraries(output)
-    from alignprop_pipe.inspection import inspect_adapter
+    from alignprop_pipe.adapters.inspect import inspect_adapter
 
     found = inspect_adapter(expanded(request.file), allow_pickle=request.allow_pickle)
     output.record("adapter", {**console.plain(found), "change": console.plain(found.change)})

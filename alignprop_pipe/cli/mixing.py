@@ -18,15 +18,15 @@ from alignprop_pipe.cli.options import (
     config_for,
     options_from,
 )
-from alignprop_pipe.config import SamplingOptions
+from alignprop_pipe.config.settings import SamplingOptions
 from alignprop_pipe.files import SHEET_CHUNK, write_whole
 from alignprop_pipe.sources import adapter_in, exists, expanded, is_file
 
 if TYPE_CHECKING:
-    from alignprop_pipe.adapter import Adapter
-    from alignprop_pipe.mixing import Energy
+    from alignprop_pipe.adapters.adapter import Adapter
+    from alignprop_pipe.adapters.mix import Energy
     from alignprop_pipe.rewards.base import Reward
-    from alignprop_pipe.sweep import Column
+    from alignprop_pipe.training.sweep import Column
 
 MIX_EXAMPLES = """[bold]Examples[/]
 
@@ -130,8 +130,8 @@ def _write_mix(request: MixRequest, output: console.Output) -> None:
         console.quiet_libraries(output)
         import torch
 
-        from alignprop_pipe import mixing
-        from alignprop_pipe.inspection import sha256_of
+        from alignprop_pipe.adapters import mix as mixing
+        from alignprop_pipe.adapters.inspect import sha256_of
 
         mixed = mixing.mix(parts, rank=request.rank)
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
@@ -197,8 +197,9 @@ def _write_sweep(request: MixRequest, settings: Mapping[str, Any], output: conso
         rewards = _rewards(request, asked)
     problems.tell()
     pipe = open_pipeline(asked.model, request, output)
-    from alignprop_pipe import mixing, sweep
+    from alignprop_pipe.adapters import mix as mixing
     from alignprop_pipe.images import png_bytes
+    from alignprop_pipe.training import sweep
 
     names = [mixing.name_of(source) for source in asked.sources]
     columns: list[Column] = []
@@ -225,8 +226,8 @@ def _asked(request: MixRequest, settings: Mapping[str, Any], output: console.Out
     sources, model = _split(request.words)
     out = _free(request.out, ".png")
     console.quiet_libraries(output)
-    from alignprop_pipe.adapter import Adapter
-    from alignprop_pipe.sweep import weights_from_text
+    from alignprop_pipe.adapters.adapter import Adapter
+    from alignprop_pipe.training.sweep import weights_from_text
 
     weights = weights_from_text(request.sweep or "")
     adapters = [Adapter.load(expanded(source)) for source in sources]
@@ -264,9 +265,9 @@ def _prompts(request: MixRequest, model: str) -> Any:
 def _rewards(request: MixRequest, asked: _Asked) -> "list[Reward]":
     """What was asked for; else what the adapters were trained by, where that is here; else clip for emoji."""
     from alignprop_pipe.bundled import is_bundled
-    from alignprop_pipe.rewards.network import check_fits, emoji_by_default
+    from alignprop_pipe.rewards.networks.network import check_fits, emoji_by_default
     from alignprop_pipe.rewards.registry import parse_reward
-    from alignprop_pipe.sweep import rewards_of
+    from alignprop_pipe.training.sweep import rewards_of
 
     import_rewards(request.imports)
     if request.reward is not None:

@@ -70,7 +70,7 @@ def open_reward(
 ) -> "Reward":
     """Run what `--import` names, then read the expression, for pictures of `model`. Raises RewardError."""
     quiet_libraries(output)
-    from alignprop_pipe.rewards.network import check_fits, check_sources
+    from alignprop_pipe.rewards.networks.network import check_fits, check_sources
     from alignprop_pipe.rewards.registry import parse_reward
 
     import_rewards(request.imports)
@@ -80,11 +80,11 @@ def open_reward(
 
 def import_rewards(places: Sequence[str] | None) -> None:
     """Run the files and import the modules that `--import` names, each once. Raises RewardError."""
-    from alignprop_pipe.rewards.code import imported
+    from alignprop_pipe.config.code import imported
 
     for place in places or []:
         if imported(place) is None:
-            from alignprop_pipe.rewards.python import load_module
+            from alignprop_pipe.rewards.scorers.python import load_module
 
             load_module(place)
 

@@ -16,7 +16,7 @@ import typer
 
 from alignprop_pipe.bundled import preset_for
 from alignprop_pipe.cli.console import translated
-from alignprop_pipe.config import FIELD_PATHS, PARTS, PRESETS, AlignConfig
+from alignprop_pipe.config.settings import FIELD_PATHS, PARTS, PRESETS, AlignConfig
 from alignprop_pipe.errors import ConfigError
 
 BUNDLED = "emoji"

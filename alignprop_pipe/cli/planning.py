@@ -17,17 +17,17 @@ from alignprop_pipe.cli import console
 from alignprop_pipe.cli.drawing import default_out
 from alignprop_pipe.cli.opening import check_model, find_device, import_rewards, open_pipeline, open_reward
 from alignprop_pipe.cli.options import BUNDLED, TrainRequest, config_for
-from alignprop_pipe.config import CHOSEN, FIELD_PATHS, PARTS, AlignConfig, read_table
+from alignprop_pipe.config.settings import CHOSEN, FIELD_PATHS, PARTS, AlignConfig, read_table
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.layout import CONFIG
-from alignprop_pipe.run_facts import NAMED, check_run, check_types
+from alignprop_pipe.runs.facts import NAMED, check_run, check_types
 from alignprop_pipe.sources import exists, expanded, is_folder
 
 if TYPE_CHECKING:
     from alignprop_pipe.pipeline import AlignPropPipeline
     from alignprop_pipe.prompts import PromptSet
     from alignprop_pipe.rewards.base import Reward
-    from alignprop_pipe.trackers import Trackers
+    from alignprop_pipe.runs.trackers import Trackers
 
 ACCEPTED = re.compile(r"accept_license\s*=\s*True")
 
@@ -144,15 +144,15 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
     _check_judges(request, model, config, settings.get("judges", config.evaluation.judges), problems, output)
     out = request.out or default_out(str(reward or "run"))
     with problems.noted():
-        from alignprop_pipe.runs import check_place
+        from alignprop_pipe.runs.folder import check_place
 
         check_place(out)
     with problems.noted():
-        from alignprop_pipe.trackers import Trackers
+        from alignprop_pipe.runs.trackers import Trackers
 
         trackers = Trackers(request.report_to or [], config, out)
     with problems.noted():
-        from alignprop_pipe import repeating
+        from alignprop_pipe.runs import repeating
 
         request = _computing(request, facts, notes)
         call = repeating.call_of(facts)
@@ -163,8 +163,9 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
 
 def open_planned(plan: Plan, output: console.Output) -> "AlignPropPipeline":
     """The model, in the state that the run had which is repeated. Raises PipelineError, ConfigError."""
-    from alignprop_pipe import repeating, stock
+    from alignprop_pipe.diffusion import stock
     from alignprop_pipe.pipeline import AlignPropPipeline
+    from alignprop_pipe.runs import repeating
 
     source = plan.facts.get("source") or {}
     variant = {"variant": source["variant"]} if source.get("variant") else {}
@@ -249,7 +250,7 @@ def _from_file(request: TrainRequest, file: SettingsFile, text: str) -> str:
 
 def _prompts(request: TrainRequest, file: SettingsFile, model: str, notes: list[str]) -> "tuple[Any, PromptSet | None]":
     from alignprop_pipe.prompts import PromptSet
-    from alignprop_pipe.repeating import prompts_of
+    from alignprop_pipe.runs.repeating import prompts_of
 
     if request.prompts is not None and request.prompt:
         raise typer.BadParameter("give --prompts or --prompt, not both", param_hint="--prompt")
@@ -279,7 +280,7 @@ def _judges(
     notes: list[str],
 ) -> AlignConfig:
     """The judges of the file accept no licence; the preset's needs prompts that say what it could check."""
-    from alignprop_pipe.rewards.judge import knows
+    from alignprop_pipe.rewards.scorers.judge import knows
 
     judges = config.evaluation.judges
     if judges and "judges" in file.names and "judges" not in settings:
@@ -293,7 +294,7 @@ def _judges(
 
 def _free_judge(config: AlignConfig, reward: "Reward", notes: list[str]) -> AlignConfig:
     """With a judge that costs nothing, where none is named."""
-    from alignprop_pipe.evidence import with_chosen_judge
+    from alignprop_pipe.training.evidence import with_chosen_judge
 
     judged = with_chosen_judge(config, reward)
     if judged != config and judged.evaluation.judges:
@@ -310,7 +311,7 @@ def _check_judges(
     output: console.Output,
 ) -> None:
     """Those of a file have been searched for code by now."""
-    from alignprop_pipe.evidence import followed_judge
+    from alignprop_pipe.training.evidence import followed_judge
 
     judges, before = [], len(problems.found)
     for text in (text for text in texts if text != CHOSEN):
@@ -323,7 +324,7 @@ def _check_judges(
 
 def _computing(request: TrainRequest, facts: Mapping[str, Any], notes: list[str]) -> TrainRequest:
     """Device and number format: the flag's, else the run's. Raises typer.BadParameter."""
-    from alignprop_pipe.repeating import one_dtype
+    from alignprop_pipe.runs.repeating import one_dtype
 
     device, dtype = str(facts.get("device") or "auto"), one_dtype(facts)
     if request.device == "auto" and device != "auto":

@@ -61,7 +61,7 @@ def push(request: PushRequest) -> None:
         raise typer.BadParameter(f"there is no run folder {str(request.run_folder)!r}", param_hint="RUN_FOLDER")
     output.say(f"getting {folder.name} ready for {request.repo_id}")  # no spinner: uploads draw bars of their own
     console.quiet_libraries(output)
-    from alignprop_pipe.adapter import Adapter
+    from alignprop_pipe.adapters.adapter import Adapter
 
     pushed = Adapter.load(folder).push_to_hub(
         request.repo_id,

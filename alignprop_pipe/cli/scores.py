@@ -17,10 +17,10 @@ from alignprop_pipe.files import write_whole
 from alignprop_pipe.sources import expanded, is_folder
 
 if TYPE_CHECKING:
-    from alignprop_pipe.picture_files import Found, Skipped
     from alignprop_pipe.rewards.base import Reward
     from alignprop_pipe.rewards.entries import RewardEntry
-    from alignprop_pipe.scoring import Scored, Task, Trial
+    from alignprop_pipe.scoring.picture_files import Found, Skipped
+    from alignprop_pipe.scoring.score import Scored, Task, Trial
 
 SCORE_EXAMPLES = """[bold]Examples[/]
 
@@ -61,9 +61,9 @@ def score(request: ScoreRequest) -> None:
     with console.waiting(output, f"loading reward {request.reward or ''}"):
         with problems.noted():
             reward = open_reward(request.reward, request, output) if request.reward else None
-        from alignprop_pipe.picture_files import Found, find_pictures
         from alignprop_pipe.prompts import PromptSet
-        from alignprop_pipe.rewards.network import doubt_about
+        from alignprop_pipe.rewards.networks.network import doubt_about
+        from alignprop_pipe.scoring.picture_files import Found, find_pictures
 
         with problems.noted():
             heads = find_pictures(request.images)
@@ -113,7 +113,7 @@ def _score_all(
     output: console.Output,
 ) -> None:
     """Fill `outcome`; Ctrl-C ends it early, and what is scored by then is kept."""
-    from alignprop_pipe.scoring import Scored, score_files
+    from alignprop_pipe.scoring.score import Scored, score_files
 
     try:
         for result in score_files(reward, tasks, device=device, batch_size=batch_size):
@@ -147,7 +147,7 @@ def _check(request: ScoreRequest) -> None:
 
 def _tasks(found: "Sequence[Found]", reward: "Reward", request: ScoreRequest) -> "list[Task]":
     from alignprop_pipe.prompts import PromptSet
-    from alignprop_pipe.scoring import Task, assign, assign_own
+    from alignprop_pipe.scoring.score import Task, assign, assign_own
 
     if request.prompt is not None:
         return [Task(picture.path, request.prompt) for picture in found]
@@ -190,9 +190,9 @@ def _say_skipped(one: "Skipped", output: console.Output) -> None:
 
 def _tell(outcome: Outcome, reward: "Reward", request: ScoreRequest, output: console.Output) -> None:
     """The table, the files that were asked for, and the line that stays under --quiet."""
-    from alignprop_pipe.rewards.network import cuts_in
-    from alignprop_pipe.scoring import mean_and_deviation
-    from alignprop_pipe.summary import cut_warnings
+    from alignprop_pipe.rewards.networks.network import cuts_in
+    from alignprop_pipe.runs.summary import cut_warnings
+    from alignprop_pipe.scoring.score import mean_and_deviation
 
     scored, failed = outcome.scored, outcome.failed
     columns = _columns(scored)
@@ -338,9 +338,9 @@ def check(request: CheckRequest) -> None:
     device = find_device(request.device)
     with console.waiting(output, f"trying {request.reward} on {device}"):
         reward = open_reward(request.reward, request, output)
-        from alignprop_pipe.rewards.network import cuts_in
-        from alignprop_pipe.scoring import on_trial, random_batch, try_reward
-        from alignprop_pipe.summary import cut_warnings
+        from alignprop_pipe.rewards.networks.network import cuts_in
+        from alignprop_pipe.runs.summary import cut_warnings
+        from alignprop_pipe.scoring.score import on_trial, random_batch, try_reward
 
         images, batch = random_batch(request.batch_size, request.size, request.prompt, device)
         trials = [try_reward(one, images, batch) for one in on_trial(reward)]

@@ -7,34 +7,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignprop_pipe.rewards.aesthetic import Aesthetic, Aesthetic25
-    from alignprop_pipe.rewards.ask import Ask
     from alignprop_pipe.rewards.base import Reward, WeightedSum
-    from alignprop_pipe.rewards.clip import ClipScore
     from alignprop_pipe.rewards.combine import ClipAbove, Min, Scaled, SoftMin, Watch, ZScore, calibrate
     from alignprop_pipe.rewards.entries import RewardEntry
     from alignprop_pipe.rewards.guard import check_reward
-    from alignprop_pipe.rewards.hpsv2 import HpsV2, HpsV21
-    from alignprop_pipe.rewards.imagereward import ImageReward
-    from alignprop_pipe.rewards.jpeg import Jpeg
-    from alignprop_pipe.rewards.judge import AttributeJudge
-    from alignprop_pipe.rewards.objects import Contains, Count, Without
-    from alignprop_pipe.rewards.pickscore import PickScore
-    from alignprop_pipe.rewards.python import PythonReward
+    from alignprop_pipe.rewards.networks.clip import ClipScore
+    from alignprop_pipe.rewards.objects.count import Contains, Count, Without
     from alignprop_pipe.rewards.registry import REGISTRY, as_reward, parse_reward, register
-    from alignprop_pipe.rewards.simple import Brightness, Colour, Sharpness, Symmetry, TotalVariation
+    from alignprop_pipe.rewards.scorers.aesthetic import Aesthetic, Aesthetic25
+    from alignprop_pipe.rewards.scorers.ask import Ask
+    from alignprop_pipe.rewards.scorers.hpsv2 import HpsV2, HpsV21
+    from alignprop_pipe.rewards.scorers.imagereward import ImageReward
+    from alignprop_pipe.rewards.scorers.jpeg import Jpeg
+    from alignprop_pipe.rewards.scorers.judge import AttributeJudge
+    from alignprop_pipe.rewards.scorers.pickscore import PickScore
+    from alignprop_pipe.rewards.scorers.python import PythonReward
+    from alignprop_pipe.rewards.scorers.simple import Brightness, Colour, Sharpness, Symmetry, TotalVariation
     from alignprop_pipe.rewards.smooth import Smooth
 
 _HOME = {
-    "Aesthetic": "aesthetic",
-    "Aesthetic25": "aesthetic",
-    "HpsV2": "hpsv2",
-    "HpsV21": "hpsv2",
-    "PickScore": "pickscore",
-    "Ask": "ask",
+    "Aesthetic": "scorers.aesthetic",
+    "Aesthetic25": "scorers.aesthetic",
+    "HpsV2": "scorers.hpsv2",
+    "HpsV21": "scorers.hpsv2",
+    "PickScore": "scorers.pickscore",
+    "Ask": "scorers.ask",
     "Reward": "base",
     "WeightedSum": "base",
-    "ClipScore": "clip",
+    "ClipScore": "networks.clip",
     "ClipAbove": "combine",
     "Min": "combine",
     "Scaled": "combine",
@@ -45,22 +45,22 @@ _HOME = {
     "calibrate": "combine",
     "RewardEntry": "entries",
     "check_reward": "guard",
-    "ImageReward": "imagereward",
-    "Jpeg": "jpeg",
-    "AttributeJudge": "judge",
-    "Contains": "objects",
-    "Count": "objects",
-    "Without": "objects",
-    "PythonReward": "python",
+    "ImageReward": "scorers.imagereward",
+    "Jpeg": "scorers.jpeg",
+    "AttributeJudge": "scorers.judge",
+    "Contains": "objects.count",
+    "Count": "objects.count",
+    "Without": "objects.count",
+    "PythonReward": "scorers.python",
     "REGISTRY": "registry",
     "as_reward": "registry",
     "parse_reward": "registry",
     "register": "registry",
-    "Brightness": "simple",
-    "Colour": "simple",
-    "Sharpness": "simple",
-    "Symmetry": "simple",
-    "TotalVariation": "simple",
+    "Brightness": "scorers.simple",
+    "Colour": "scorers.simple",
+    "Sharpness": "scorers.simple",
+    "Symmetry": "scorers.simple",
+    "TotalVariation": "scorers.simple",
 }
 __all__ = [
     "REGISTRY",

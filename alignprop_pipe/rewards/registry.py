@@ -8,10 +8,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from alignprop_pipe.config.code import BY_TEXT, refuse_code
+from alignprop_pipe.config.expression import read_expression
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards.code import BY_TEXT, refuse_code
 from alignprop_pipe.rewards.entries import ENTRIES, RewardEntry
-from alignprop_pipe.rewards.expression import read_expression
 
 if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward
@@ -68,7 +68,7 @@ def register(
         about = {"summary": summary, "range_text": range_text, "licence": licence, "replace": replace}
         return lambda found: register(name, found, **about)
     from alignprop_pipe.rewards.base import Reward
-    from alignprop_pipe.rewards.python import named, reference
+    from alignprop_pipe.rewards.scorers.python import named, reference
 
     _check_name(name)
     where, taken = reference(reward), REGISTRY.get(name)
@@ -124,7 +124,7 @@ def as_reward(source: "Reward | str | Callable[..., Any]") -> "Reward":
     An expression is taken as typed by you and may name code; use `parse_reward` for one that came from elsewhere.
     """
     from alignprop_pipe.rewards.base import Reward
-    from alignprop_pipe.rewards.python import PythonReward
+    from alignprop_pipe.rewards.scorers.python import PythonReward
 
     if isinstance(source, Reward):
         return source
@@ -146,7 +146,7 @@ def _made(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], allow_cod
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(REGISTRY))}"
         raise RewardError(f"reward {name!r} is not known; {hint}")
     if name == BY_TEXT and not allow_code:
-        from alignprop_pipe.rewards.python import check_own
+        from alignprop_pipe.rewards.scorers.python import check_own
 
         check_own(*(text for text in (*args, kwargs.get("source")) if isinstance(text, str)))
     return REGISTRY[name].make(*args, **kwargs)

@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, drawings, evaluate, parse_reward
-from alignprop_pipe.evidence import paired_change
+from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, evaluate, parse_reward
 from alignprop_pipe.records import Change, Evidence
-from alignprop_pipe.result import AlignResult
 from alignprop_pipe.rewards import AttributeJudge
+from alignprop_pipe.runs import drawings
+from alignprop_pipe.training.evidence import paired_change
+from alignprop_pipe.training.result import AlignResult
 
 HERE = Path(__file__).parent
 ADAPTERS = Path(tempfile.gettempdir()) / "alignprop-objectives"

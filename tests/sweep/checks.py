@@ -19,12 +19,13 @@ import torch
 from by_hand import direction_of, dot, double_inside, relative_difference
 from torch import Tensor, nn
 
-from alignprop_pipe import AlignPropPipeline, lora, stock
-from alignprop_pipe.choices import LastK
-from alignprop_pipe.config import FIELD_PATHS, AlignConfig, LoraOptions
+from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.config.choices import LastK
+from alignprop_pipe.config.settings import FIELD_PATHS, AlignConfig, LoraOptions
+from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.rollout import rollout, with_backward
 from alignprop_pipe.errors import AlignError
 from alignprop_pipe.records import PromptBatch
-from alignprop_pipe.rollout import rollout, with_backward
 from sweep.build import CannotBuild, build
 from sweep.classes import arguments, call_parameters
 from sweep.recipes import recipe_for

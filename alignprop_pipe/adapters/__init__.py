@@ -1,0 +1,1 @@
+"""Adapter files of every program: read, apply, mix, merge, inspect and write."""

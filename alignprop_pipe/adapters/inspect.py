@@ -1,0 +1,282 @@
+"""What is in an adapter file: model, format, ranks, where it changes how much, who loads it, and what is wrong with it.
+
+Nothing is applied and no pipeline is needed. A file that is whole but faulty is described with its faults; one that is
+cut off or no LoRA at all is an error.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignprop_pipe.adapters import files, strength
+from alignprop_pipe.adapters.export_keys import layers_alone
+from alignprop_pipe.adapters.factors import Factors, Layers
+from alignprop_pipe.adapters.file_kinds import said_of_unknown
+from alignprop_pipe.adapters.header import Base
+from alignprop_pipe.adapters.keys import FileLayers, duplicates, layers_of, place_of, problem_of
+from alignprop_pipe.adapters.naming import UnknownLayerError
+from alignprop_pipe.adapters.programs import Verdict, hidden_by, unknown_to_comfyui, verdicts
+from alignprop_pipe.adapters.resolve import local_file
+from alignprop_pipe.adapters.stock_loading import said_of_diffusers
+from alignprop_pipe.config.choices import window_from_text
+from alignprop_pipe.errors import AdapterError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of a network: how many of its layers change, and how much, as the Frobenius norm of all changes."""
+
+    component: str
+    name: str
+    layers: int
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What is known of an adapter file.
+
+    `ranks`, `alphas`, `targets` and `dtypes` count layers (for `dtypes`, tensors) by rank, alpha, kind of layer and
+    number format; `format` is whose names its keys have. `problems` are sentences, the worst first; empty: none found.
+    """
+
+    file: str
+    sha256: str
+    size: int
+    format: str
+    base_model: str
+    base_class: str
+    family: str
+    parameters: int
+    layers: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[float, int]
+    targets: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    blocks: tuple[Block, ...]
+    programs: tuple[Verdict, ...]
+    problems: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def change(self) -> float:
+        """The Frobenius norm of the whole weight change."""
+        return sum(block.change**2 for block in self.blocks) ** 0.5
+
+
+def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspection:
+    """Describe a LoRA file of any format, or the one in a run folder.
+
+    Args:
+        path: a safetensors file, a run folder, or a name on the Hub, "me/name".
+        allow_pickle: look into a pickle too; weights alone are read from it, nothing is run.
+
+    Raises:
+        AdapterError: the file is missing, cut off, damaged, a pickle, or no LoRA.
+    """
+    source = files.located(local_file(path))
+    tensors, header = files.read_file(source, allow_pickle=allow_pickle, finite=False)
+    if not tensors:
+        raise AdapterError(f"{source.name} is empty: it holds no LoRA")
+    base, in_file = Base.of_file(tensors, header), layers_of(tensors)
+    layers, unreadable, missing = _readable(tensors, header, base, in_file)
+    all_layers = [factors for part in layers.values() for factors in part.values()]
+    family = next(iter(base.families.values()), "")
+    of_diffusers = said_of_diffusers(base, source, tensors, {} if unreadable else layers)
+    return Inspection(
+        file=source.name,
+        sha256=sha256_of(source),
+        size=source.stat().st_size,
+        format=_format(in_file),
+        base_model=base.base_model,
+        base_class=base.base_class,
+        family=family,
+        parameters=sum(factors.down.numel() + factors.up.numel() for factors in all_layers),
+        layers={component: len(part) for component, part in layers.items()},
+        ranks=_counted(factors.rank for factors in all_layers),
+        alphas=_counted(factors.alpha for factors in all_layers),
+        targets=_counted(_kind(path) for part in layers.values() for path in part),
+        dtypes=_counted(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
+        blocks=tuple(_blocks(layers)),
+        programs=verdicts(family, list(in_file.layers), header, of_diffusers, missing),
+        problems=tuple(_problems(tensors, header, family, in_file, layers, unreadable)),
+        metadata=dict(header),
+    )
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hex. Raises AdapterError: it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.sha256()
+            while piece := opened.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise AdapterError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _readable(
+    tensors: dict[str, Tensor], header: Mapping[str, str], base: Base, in_file: FileLayers
+) -> tuple[Layers, str, tuple[str, ...]]:
+    """The layers, by diffusers' names where the file can be read, else by its own; why not, and names of no layer."""
+    try:
+        return layers_alone(base, tensors, header), "", ()
+    except Exception as error:  # converters fail in any way on keys that they do not expect
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        missing = error.names if isinstance(error, UnknownLayerError) else ()
+    found: Layers = {}
+    for name, parts in in_file.layers.items():
+        if not problem_of(parts):
+            place, rank = place_of(name), parts["down"].shape[0]
+            alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
+            found.setdefault(place.component, {})[place.path] = Factors(parts["down"], parts["up"], alpha)
+    return found, reason, missing
+
+
+def _format(in_file: FileLayers) -> str:
+    found = {place_of(name).habit for name in in_file.layers}
+    if "ComfyUI" in found:  # text encoders have diffusers' names there
+        found.discard("diffusers")
+    return " and ".join(sorted(found))
+
+
+def _counted(values: Iterator) -> dict:
+    return dict(Counter(values).most_common())
+
+
+def _kind(path: str) -> str:
+    """What a layer is called in each block: `to_q`, `ff.net.0.proj`; the whole of a flat path of kohya's."""
+    *parents, last = re.split(r"\.(?=[^.])", path)
+    words = [last]
+    while words[0].isdigit() or words[0] == "proj" or words[0] == "net":
+        if not parents:
+            break
+        words.insert(0, parents.pop())
+    return ".".join(words)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def _blocks(layers: Layers) -> Iterator[Block]:
+    for component, part in layers.items():
+        squares: dict[str, list[float]] = {}
+        for path, factors in part.items():
+            squares.setdefault(_block(path), []).append(factors.norm() ** 2)
+        for name in sorted(squares, key=_natural):
+            yield Block(component, name, len(squares[name]), sum(squares[name]) ** 0.5)
+
+
+def _block(path: str) -> str:
+    """`down_blocks.0`, `mid_block`, `transformer_blocks.7`, `layers.3` of a CLIP."""
+    path = path.removeprefix("text_model.").removeprefix("encoder.")
+    if path.startswith("mid_block."):
+        return "mid_block"
+    found = re.match(r"(?:.*?\.)??[a-z_.]*?(?:blocks|layers|block)\.\d+(?=\.)", path)
+    return found[0] if found else path.split(".")[0]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    return [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def _problems(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    family: str,
+    in_file: FileLayers,
+    layers: Layers,
+    unreadable: str,
+) -> Iterator[str]:
+    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        yield f"{len(broken)} tensors hold NaN or infinity, the first {broken[0]}: a failed run saved it"
+    yield from _faulty_keys(in_file)
+    yield from _without_effect(layers)
+    yield from _fused_copies(layers)
+    if unreadable:
+        yield f"this package does not load it: {unreadable}"
+    yield from _alphas(in_file, header, layers)
+    yield from strength.doubts(tensors, header)
+    yield from _window(header)
+    dropped = unknown_to_comfyui(family, list(in_file.layers)) or []
+    if 0 < len(dropped) < len(in_file.layers):
+        yield (
+            f"ComfyUI would apply half of it: it drops {len(dropped)} of {len(in_file.layers)} layers, the first "
+            f"{dropped[0]}; export it with --to comfyui"
+        )
+    if hidden := hidden_by(family, header):
+        if all(place_of(name).habit == "kohya" for name in in_file.layers):
+            yield hidden
+
+
+def _faulty_keys(in_file: FileLayers) -> Iterator[str]:
+    if in_file.unknown:
+        count = len(in_file.unknown)
+        yield f"{count} {'key is' if count == 1 else 'keys are'} not understood: {said_of_unknown(in_file.unknown)}"
+    faults = [f"{name} {fault}" for name, parts in in_file.layers.items() if (fault := problem_of(parts))]
+    if faults:
+        yield f"{len(faults)} of its layers are faulty: {faults[0]}"
+    if twice := duplicates(in_file.layers):
+        yield f"{' and '.join(twice)} are the same layer"
+
+
+def _without_effect(layers: Layers) -> Iterator[str]:
+    all_layers = {f"{name}.{path}": f for name, part in layers.items() for path, f in part.items()}
+    still = [path for path, f in all_layers.items() if not f.alpha or not bool(f.up.any()) or not bool(f.down.any())]
+    if all_layers and len(still) == len(all_layers):
+        yield "it changes nothing: in every layer a matrix or alpha is zero, as before the first step of training"
+    elif still:
+        share = f"{len(still)} of {len(all_layers)} layers"
+        yield f"{share} change nothing, the first {still[0]}: a matrix or alpha is zero"
+
+
+def _fused_copies(layers: Layers) -> Iterator[str]:
+    """Trained after `fuse_qkv_projections`, whose layers are beside those whose weights they hold."""
+    originals = {"to_qkv": "to_q", "to_kv": "to_k", "to_added_qkv": "add_q_proj", "to_added_kv": "add_k_proj"}
+    for name, part in layers.items():
+        parts = [path.rpartition(".") for path in part]
+        copies = [f"{at}.{last}" for at, _, last in parts if f"{at}.{originals.get(last, '')}" in part]
+        if copies:
+            yield (
+                f"{len(copies)} of its layers in {name} are fused projections, the first {copies[0]}, which no freshly "
+                "loaded model has: no program loads them"
+            )
+
+
+def _scales(layers: Layers) -> bool:
+    return any(factors.alpha != factors.rank for part in layers.values() for factors in part.values())
+
+
+def _alphas(in_file: FileLayers, header: Mapping[str, str], layers: Layers) -> Iterator[str]:
+    flat = {name: parts for name, parts in in_file.layers.items() if place_of(name).habit == "kohya"}
+    without = [name for name, parts in flat.items() if "alpha" not in parts]
+    if without:
+        yield f"{len(without)} layers have no alpha, the first {without[0]}: programs take them at full strength"
+    if not any("alpha" in parts for parts in in_file.layers.values()) and _scales(layers):
+        if strength.IN_HEADER in header:
+            yield "alpha stands in the header alone, which only diffusers reads: other programs apply another strength"
+        elif strength.BESIDE in header:
+            yield (
+                f"alpha stands in {strength.CONFIG_FILE} alone, which only PEFT and this package read: other programs "
+                "apply another strength; export it"
+            )
+
+
+def _window(header: Mapping[str, str]) -> Iterator[str]:
+    text = header.get("alignprop.window", "")
+    try:
+        if text:
+            window_from_text(text)
+    except ConfigError as error:
+        yield f"its window is damaged, so that this package does not load it without another: {error}"

@@ -1,0 +1,1 @@
+"""Publishing on the Hugging Face Hub: the folder that goes there, the model card, licences."""

@@ -1,0 +1,1 @@
+"""Networks that rewards ask: their weights, their preprocessing, and CLIP."""

@@ -1,0 +1,1 @@
+"""The training loop, its evidence and its result."""

@@ -1,0 +1,116 @@
+"""What a run will cost, told before its first step: measured on two short chains of the pipeline itself."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+
+from alignprop_pipe.config.choices import KeepSteps, LastK, RecomputeNone
+from alignprop_pipe.config.settings import AlignConfig
+from alignprop_pipe.diffusion import lora, refusals, stock
+from alignprop_pipe.diffusion.checkpointing import recomputed
+from alignprop_pipe.diffusion.gradient import mean_graded_steps, most_graded_steps
+from alignprop_pipe.diffusion.rollout import autograd_on, rollout
+from alignprop_pipe.records import PromptBatch
+from alignprop_pipe.seeds import generator_for
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """An estimate. Memory is weights plus what autograd keeps at the largest K; time is for a mean K."""
+
+    trainable_parameters: int
+    denoiser_calls_per_step: float
+    memory_mb: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One measured chain: seconds forward and backward, and bytes kept for the backward pass."""
+
+    forward: float
+    backward: float
+    kept: int
+    steps: int
+
+
+def forecast(pipe: DiffusionPipeline, config: AlignConfig) -> Forecast:
+    """Measure chains of two and four steps, then scale to the configuration; leaves the pipeline as it was.
+
+    The reward's own cost is not in it. Raises PipelineError.
+    """
+    denoisers = stock.denoisers(pipe)
+    refusals.refuse_untrainable(pipe)
+    with lora.taken_out(denoisers.values()):  # an adapter of an earlier run stays what it was
+        try:
+            lora.attach(denoisers, config.lora, config.seed)
+            parameters = lora.trainable(denoisers)
+            with stock.frozen_for_training(pipe, parameters):
+                probe(pipe, config, 2)  # the first call pays for warming up
+                short, long = probe(pipe, config, 2), probe(pipe, config, 4)
+            return scaled(pipe, config, short, long, sum(parameter.numel() for parameter in parameters))
+        finally:
+            lora.detach(denoisers)
+
+
+def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
+    """A chain of `steps` steps whose last half carries gradient and keeps its activations."""
+    short = config.replace(num_inference_steps=steps, truncation=LastK(steps // 2), checkpointing=RecomputeNone())
+    batch = PromptBatch(["a picture"] * config.batch_size)
+    noise = [generator_for("noise", config.seed, 0, i) for i in range(config.batch_size)]
+    weights = {p.untyped_storage().data_ptr() for part in stock.components(pipe).values() for p in part.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with autograd_on():
+        began = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made = rollout(pipe, batch, short, noise, generator_for("truncation", config.seed))
+        middle = time.perf_counter()
+        made.images.float().mean().backward()
+    for parameter in lora.trainable(stock.denoisers(pipe)):
+        parameter.grad = None
+    return Probe(middle - began, time.perf_counter() - middle, sum(kept.values()), made.num_steps)
+
+
+def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Probe, trainable: int) -> Forecast:
+    """From two short chains to the one that the configuration asks for."""
+    gained = max(1, long.steps - short.steps)
+    graded_gained = max(1, long.steps // 2 - short.steps // 2)
+    per_step = max(0.0, long.forward - short.forward) / gained
+    per_graded = max(0.0, long.backward - short.backward) / graded_gained
+    activations = max(0, long.kept - short.kept) / graded_gained
+
+    total = config.sampling.num_inference_steps
+    graded = mean_graded_steps(config.truncation, total)
+    every = range(total - round(graded), total)
+    twice = sum(recomputed(config.checkpointing, step, every) for step in every)
+    fixed = short.forward + short.backward - short.steps * per_step - short.steps // 2 * per_graded
+    seconds = max(0.0, fixed) + (total + twice) * per_step + graded * per_graded
+    at_once = held_at_once(config, most_graded_steps(config.truncation, total))
+    weights = sum(p.numel() * p.element_size() for part in stock.components(pipe).values() for p in part.parameters())
+    decoder = max(0.0, short.kept - short.steps // 2 * activations)
+    return Forecast(
+        trainable_parameters=trainable,
+        denoiser_calls_per_step=(total + twice) * config.gradient_accumulation_steps,
+        memory_mb=(weights + 16 * trainable + decoder + at_once * activations) / 2**20,
+        seconds_per_step=seconds * config.gradient_accumulation_steps,
+    )
+
+
+def held_at_once(config: AlignConfig, graded: int) -> int:
+    """Graded steps whose activations exist at the same time: those kept, and one that is being recomputed."""
+    match config.checkpointing:
+        case RecomputeNone():
+            return graded
+        case KeepSteps(steps):
+            return min(graded, steps + 1)
+        case _:
+            return 1
