@@ -319,8 +319,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
     "emoji": {
-        "steps": 60,
-        "batch_size": 12,
+        "steps": 90,
+        "batch_size": 8,
         "rank": 16,
         "target_modules": (
             *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
