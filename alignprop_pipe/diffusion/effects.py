@@ -30,7 +30,7 @@ def settings_without_effect(
     """
     defaults = {name: value for name, _, value in leaves(AlignConfig())}
     presets = {name: value for name, _, value in leaves(usual)}
-    given = {n: value for n, _, value in leaves(config) if value not in (defaults[n], presets[n])}
+    given = {n: value for n, _, value in leaves(config) if value not in (defaults[n], presets[n], ())}
     return {
         **drawing_without_effect(pipe, config.sampling, given, call_kwargs),
         **_steps(config, given),
