@@ -115,6 +115,10 @@ HEADERS: dict[str, tuple[dict[str, str], float, str]] = {
     "without a rank": ({"network_alpha": "1.5"}, 3.0, "alpha 1.5 for rank 3.*the scale 0.5"),
     "of kohya for a component": ({"unet.ss_network_alpha": "1"}, 3.0, "alpha 1 for rank 3"),
     "of diffusers": ({"lora_adapter_metadata": '{"unet.r": 3, "unet.lora_alpha": 6}'}, 6.0, "only diffusers reads"),
+    "by another name": ({"alpha": "6", "rank": "12"}, 3.0, "alpha 6 for rank 12.*the scale 0.5"),
+    "in a table": ({"lora_config": '{"lora_alpha": 6, "lora_rank": 12}'}, 3.0, "alpha 6 for rank 12.*the scale 0.5"),
+    "in a table in a table": ({"config": '{"network": {"alpha": 1}, "lr": 1}'}, 3.0, "alpha 1 for rank 3"),
+    "in full by another name": ({"alpha": "3"}, 3.0, ""),
     "in full": ({"ss_network_alpha": "3", "ss_network_dim": "3"}, 3.0, ""),
     "nothing": ({}, 3.0, ""),
 }

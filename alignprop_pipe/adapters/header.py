@@ -113,7 +113,7 @@ OF_THE_MODEL = ("ss_v2", "ss_base_model_version", "modelspec.architecture")
 def carried(metadata: Mapping[str, str], made_for: Base) -> dict[str, str]:
     """The texts of a file that still hold in another file with the same adapter."""
     stale = {*OF_ONE_FILE, *(OF_THE_MODEL if made_for.families else ())}
-    strengths = {*strength.PLAIN, *strength.KOHYA}
+    strengths = {*strength.PLAIN, *strength.ALPHAS, *strength.RANKS}
     return {key: v for key, v in metadata.items() if key not in stale and key.rpartition(".")[2] not in strengths}
 
 

@@ -32,7 +32,9 @@ IN_HEADER = "lora_adapter_metadata"
 OURS = "alignprop.format"
 
 PLAIN = ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "peft_type", "r")
-KOHYA = ("ss_network_alpha", "network_alpha", "ss_network_dim", "network_dim")
+ALPHAS = ("ss_network_alpha", "network_alpha", "lora_alpha", "alpha")
+RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_r", "lora_dim", "rank", "dim", "r")
+"""By which names trainers write alpha and rank into a header, or into a table in it."""
 
 _OTHER_FORWARD = {
     "use_dora": "a DoRA", "lora_bias": "a LoRA with biases", "use_qalora": "a QALoRA",
@@ -172,7 +174,7 @@ def doubts(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> list[str
             f"its strength is in doubt: alpha stands in {source} alone, which only this package reads; it is applied "
             "here, and other programs apply the layers as they are"
         ]
-    return [*_by_kohya(layers, header), *_by_peft(layers)]
+    return [*_by_trainer(layers, header), *_by_peft(layers)]
 
 
 def _contradicted(layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], source: str) -> Iterator[str]:
@@ -186,25 +188,31 @@ def _contradicted(layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[st
         )
 
 
-def _by_kohya(layers: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str]) -> Iterator[str]:
-    """Whoever made another file of kohya's may have put alpha into the weights, or lost it."""
-    said: dict[str, float] = {}
-    for key, text in header.items():
-        name = key.rpartition(".")[2]
-        number = _number_or_none(text)
-        if name in KOHYA and number is not None:
-            said.setdefault(name.removeprefix("ss_"), number)
-    alpha = said.get("network_alpha")
+def _by_trainer(layers: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str]) -> Iterator[str]:
+    """Whoever wrote alpha into the header alone may have put it into the weights, or lost it."""
+    said = dict(_numbers_in(header))
+    alpha = next((said[name] for name in ALPHAS if name in said), None)
     if alpha is None:
         return
     ranks = {parts["down"].shape[0] for parts in layers.values() if "down" in parts and parts["down"].ndim}
-    rank = said.get("network_dim") or max(ranks, default=0)
+    rank = next((said[name] for name in RANKS if name in said), max(ranks, default=0))
     if rank > 0 and alpha != rank:
         yield (
             f"its strength is in doubt: its header says alpha {alpha:g} for rank {rank:g}, and its layers hold no "
             f"alpha, so that they are applied in full, as other programs do; if alpha is not in the weights already, "
             f"give the scale {alpha / rank:g}"
         )
+
+
+def _numbers_in(header: Mapping[str, Any], deepest: int = 3) -> Iterator[tuple[str, float]]:
+    """Alphas and ranks by the last part of their names, also those in tables of JSON."""
+    for key, value in header.items():
+        name = key.rpartition(".")[2]
+        table = _value(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+        if isinstance(table, dict):
+            yield from _numbers_in(table, deepest - 1) if deepest else ()
+        elif name in (*ALPHAS, *RANKS) and (number := _number_or_none(value)) is not None:
+            yield name, number
 
 
 def _by_peft(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
