@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from alignprop_pipe import AlignPropPipeline
+from alignprop_pipe.cli.console import stop_on_interrupt
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.training.result import AlignResult
@@ -29,6 +30,7 @@ QUICK: dict[str, Any] = {
     "width": 16,
     "truncation": "last:1",
     "eval_prompts": 0,
+    "judges": (),
 }
 
 
@@ -41,8 +43,14 @@ def aligned(pipe: DiffusionPipeline | None = None) -> AlignPropPipeline:
 
 
 def align(pipe: AlignPropPipeline, reward: Any = "brightness", prompts: Any = PROMPTS, **changed: Any) -> AlignResult:
-    given = {name: changed.pop(name) for name in ("out", "on_step") if name in changed}
+    given = {name: changed.pop(name) for name in ("out", "on_step", "stop") if name in changed}
     return pipe.align(reward, prompts, AlignConfig().replace(**QUICK), **given, **changed)
+
+
+def align_until_ctrl_c(*arguments: Any, **changed: Any) -> AlignResult:
+    """As the command line does it: Ctrl-C ends the run after the step."""
+    with stop_on_interrupt() as stop:
+        return align(*arguments, stop=stop, **changed)
 
 
 def pictures(pipe: DiffusionPipeline, **changed: Any) -> Tensor:

@@ -11,7 +11,7 @@ import by_hand
 import miniatures
 import pytest
 import torch
-from aligning import PROMPTS, adapter, align, aligned, is_stock, pictures, same, settings, state
+from aligning import PROMPTS, adapter, align, align_until_ctrl_c, aligned, is_stock, pictures, same, settings, state
 from torch import Tensor
 
 from alignprop_pipe.config.choices import Target
@@ -402,7 +402,7 @@ class PressesAtCall2(Counted):
 
 
 def test_ctrl_c_in_a_step_ends_after_it_with_the_last_look() -> None:
-    result = align(aligned(), PressesAtCall2(1), steps=9, eval_prompts=1, eval_every=0)
+    result = align_until_ctrl_c(aligned(), PressesAtCall2(1), steps=9, eval_prompts=1, eval_every=0)
     assert result.interrupted
     assert [record.step for record in result.history] == [0, 1, 2]
     assert result.after is not None
@@ -413,7 +413,9 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_what_was_learned() -> None:
     pipe = peculiar()
     before, seen = state(pipe), []
     reward = PressesAtCall2(2)
-    result = align(pipe, reward, steps=9, eval_prompts=1, eval_every=0, on_step=lambda _: seen.append(adapter(pipe)))
+    result = align_until_ctrl_c(
+        pipe, reward, steps=9, eval_prompts=1, eval_every=0, on_step=lambda _: seen.append(adapter(pipe))
+    )
     assert result.interrupted
     assert [record.step for record in result.history] == [0, 1]
     assert same(adapter(pipe), seen[-1])

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import adapter, align, aligned, is_stock, same
+from aligning import adapter, align, align_until_ctrl_c, aligned, is_stock, same
 from torch import Tensor
 
-from alignprop_pipe import Adapter, pipeline
+from alignprop_pipe import Adapter
 from alignprop_pipe.errors import PipelineError, RewardValueError, RunError, TrainingDiverged
 from alignprop_pipe.records import Images, Rewards, StepRecord, Targets
 from alignprop_pipe.rewards.base import Reward
 from alignprop_pipe.runs import folder as runs
 from alignprop_pipe.runs.folder import read_metrics
+from alignprop_pipe.training import session
 
 LOOKED: dict[str, Any] = {"eval_prompts": 2, "eval_every": 0}
 
@@ -127,14 +128,15 @@ def test_a_stop_while_a_record_is_written_takes_the_evidence_after(
 
 @pytest.mark.parametrize("how", [break_off, press])
 def test_a_stop_within_a_step_takes_the_evidence_after(how: Any) -> None:
-    """Without a handler of ours, as in a thread, the step is broken off; with it, it is finished."""
+    """In a library the step is broken off; with the handler of the command line it is finished."""
     pipe, seen = aligned(), {}
     reward = Counted({4: how})  # in the third step
 
     def on_step(record: StepRecord) -> None:
         seen.setdefault(record.step, adapter(pipe))
 
-    result = align(pipe, reward, steps=9, on_step=on_step, **LOOKED)
+    run = align if how is break_off else align_until_ctrl_c
+    result = run(pipe, reward, steps=9, on_step=on_step, **LOOKED)
     done = 2 if how is break_off else 3
     assert (result.interrupted, result.steps, result.kept_step) == (True, done, done)
     assert result.after is not None
@@ -190,7 +192,7 @@ def test_stops_while_the_end_is_saved_leave_the_adapter_on_the_pipeline(
         if record.step == 2 and first is ZeroDivisionError:
             raise first
 
-    monkeypatch.setattr(pipeline, "write_down", interrupted)
+    monkeypatch.setattr(session, "write_down", interrupted)
     with pytest.raises(KeyboardInterrupt) as told:
         align(pipe, steps=2, out=tmp_path / "run", on_step=on_step)
     assert len(written) == (2 if first is KeyboardInterrupt else 1)
@@ -202,7 +204,9 @@ def test_a_look_at_another_adapter_is_not_called_after() -> None:
     """The newest look is that of step 2; the adapter that stays, without `keep_best`, is that of step 3."""
     reward = Counted({6: press_twice})  # the look of step 3; calls: 0 dry, 1 look, 2, 3 steps, 4 look, 5 step
     chosen = {"steps": 9, "keep_best": False, "eval_prompts": 2, "eval_every": 2}
-    result = align(aligned(), reward, on_step=at_step(3, lambda: signal.raise_signal(signal.SIGINT)), **chosen)
+    result = align_until_ctrl_c(
+        aligned(), reward, on_step=at_step(3, lambda: signal.raise_signal(signal.SIGINT)), **chosen
+    )
     assert (result.steps, result.kept_step, result.after) == (3, 3, None)
 
 
@@ -210,7 +214,7 @@ def test_a_look_at_another_adapter_is_not_called_after() -> None:
 def test_a_stop_in_the_last_step_is_a_completed_run(where: str, tmp_path: Path) -> None:
     reward = Counted({} if where == "on_step" else {3 if where == "step" else 4: press})
     on_step = at_step(2, lambda: signal.raise_signal(signal.SIGINT)) if where == "on_step" else None
-    result = align(aligned(), reward, steps=2, out=tmp_path / "run", on_step=on_step, **LOOKED)
+    result = align_until_ctrl_c(aligned(), reward, steps=2, out=tmp_path / "run", on_step=on_step, **LOOKED)
     assert (result.steps, result.interrupted, result.stopped) == (2, False, "")
     assert result.after is not None
     assert status(tmp_path / "run") == "completed"

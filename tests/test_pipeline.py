@@ -40,6 +40,7 @@ from alignprop_pipe.adapters.factors import Factors
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.config.settings import PRESETS, AlignConfig, LoraOptions
 from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion.loading import known_types
 from alignprop_pipe.errors import (
     AdapterError,
     ConfigError,
@@ -51,11 +52,13 @@ from alignprop_pipe.errors import (
     RewardValueError,
     RunError,
 )
-from alignprop_pipe.pipeline import Session, aligned_class, config_of, known_types, stock_class, tell_about
+from alignprop_pipe.pipeline import aligned_class, stock_class
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards.registry import as_reward
 from alignprop_pipe.rewards.scorers.simple import Brightness
+from alignprop_pipe.training.align import config_of, tell_about
 from alignprop_pipe.training.loop import start
+from alignprop_pipe.training.session import Session
 
 # --- the same as the stock pipeline -----------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ def test_what_is_logged_meanwhile_stands_in_lines_of_its_own(capsys, monkeypatch
 
 
 def test_previews_are_for_notebooks_and_said_so_elsewhere(caplog) -> None:
-    aligning.align(aligning.aligned(), steps=1, previews=True)
+    aligning.align(aligning.aligned(), steps=1, progress="previews")
     assert "record.images" in caplog.text
 
 

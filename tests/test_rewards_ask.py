@@ -31,9 +31,9 @@ from transformers import (
 from alignprop_pipe import AlignPropPipeline, PromptSet
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.pipeline import tell_about
 from alignprop_pipe.rewards import Ask, AttributeJudge, check_reward, parse_reward
 from alignprop_pipe.rewards.networks.preprocess import Preprocess
+from alignprop_pipe.training.align import tell_about
 
 PROMPTS = ["a dog on a red background", "two cats", "the sea"]
 QUESTION = "is the dog wearing a hat?"

@@ -10,10 +10,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.errors import AlignError, RewardError
-from alignprop_pipe.pipeline import usual_config
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import AttributeJudge
 from alignprop_pipe.rewards.scorers.judge import knows
+from alignprop_pipe.training.align import usual_config
 
 LABELS = ["subject:dog", "subject:cat", "subject:fox", "count:one", "count:two", "background:red", "background:blue"]
 PREPROCESSOR = {

@@ -28,7 +28,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[AlignResul
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logger, handler = logging.getLogger("alignprop_pipe.pipeline"), Kept()
+    logger, handler = logging.getLogger("alignprop_pipe.training.session"), Kept()
     logger.addHandler(handler)
     out = tmp_path_factory.mktemp("runs") / "gamed"
     yield align(aligned(), prompts=PROMPTS, out=out, judges=("-brightness",), **SETTINGS), said

@@ -124,8 +124,8 @@ def _train(plan: Plan, output: console.Output) -> None:
     split = plan.prompts.split(config.evaluation.eval_prompts, config.seed)
     output.say(split.words)
     try:
-        with console.Progress(output, config, split) as progress, plan.trackers:
-            watching = {"progress": progress, "on_step": plan.trackers.on_step}
+        with console.Progress(output, config, split) as progress, plan.trackers, console.stop_on_interrupt() as stop:
+            watching = {"progress": progress, "on_step": plan.trackers.on_step, "stop": stop}
             result = pipe.align(plan.reward, plan.source, config, out=plan.out, **watching, **plan.call)
     except AlignError as error:
         if error.result is not None:

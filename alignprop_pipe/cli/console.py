@@ -336,6 +336,31 @@ def waiting(output: Output, text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C ends the run after the current step; a second one raises KeyboardInterrupt at once.
+
+    Only where Python's own handler is in place, so that a notebook or a program with its own handler keeps it.
+    """
+    stop = threading.Event()
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield stop
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if stop.is_set():
+            signal.default_int_handler(number, frame)
+        stop.set()
+        complain("stopping after this step and saving everything; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
 def signals_as_interrupt() -> Iterator[list[int]]:
     """SIGTERM and SIGHUP do what Ctrl-C does: the run ends after the current step and saves everything.
 

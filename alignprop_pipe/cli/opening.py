@@ -50,7 +50,7 @@ def check_model(model: str) -> None:
     """Raises PipelineError for a model that is not here, as far as that can be known without asking the Hub."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    from alignprop_pipe.pipeline import MODEL_NEEDED, model_source
+    from alignprop_pipe.diffusion.loading import MODEL_NEEDED, model_source
 
     name, there = model_source(expanded(model) if model.startswith("~") else model)
     if there and constants.HF_HUB_OFFLINE:
@@ -127,7 +127,7 @@ def _load(model: str, **options: Any) -> "AlignPropPipeline":
 
 
 def _not_loaded(model: str, error: Exception) -> str:
-    from alignprop_pipe.pipeline import MODEL_NEEDED
+    from alignprop_pipe.diffusion.loading import MODEL_NEEDED
 
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     where = "folder" if is_folder(model) else "file" if is_file(model) else "model id"

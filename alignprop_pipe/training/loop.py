@@ -236,6 +236,8 @@ def start(
     if not all(one.is_calibrated for one in (reward, *judges)):
         with encoded.used_by(pipe):
             drawn_for, base_pictures = draw_base(pipe, split, config, call_kwargs, told)
+        for part in base_pictures:
+            refuse_no_numbers(pipe, part.videos)
         with SeededDraws.after(generator_for("hidden", config.seed)):
             reward, *judges = calibrate_all((reward, *judges), drawn_for, base_pictures, device)
         config = config.replace(judges=tuple(str(judge) for judge in judges))
@@ -312,6 +314,15 @@ def counted(rendered: Iterable[Rendered], total: int, told: Told) -> Iterator[Re
         done += len(part.videos)
         told(done, total)
         yield part
+
+
+def refuse_no_numbers(pipe: DiffusionPipeline, images: Tensor | None) -> None:
+    """Raises PipelineError where the base model's pictures hold NaN or infinity."""
+    if images is not None and not images.isfinite().all():
+        raise PipelineError(
+            f"{type(pipe).__name__} draws pictures that are no finite numbers before any training: load it in "
+            "torch.bfloat16 or torch.float32 (--dtype), since a number format that is too small overflows so"
+        )
 
 
 def calibrate_all(
@@ -568,11 +579,7 @@ def not_finite(evidence: Evidence, base: Evidence | None) -> str:
 
 def refuse_broken_base(state: Training, evidence: Evidence) -> None:
     """Raises PipelineError for pictures of the base model with NaN, RewardValueError for scores that are none."""
-    if evidence.images is not None and not evidence.images.isfinite().all():
-        raise PipelineError(
-            f"{type(state.pipe).__name__} draws pictures that are no finite numbers before any training: load it in "
-            "torch.bfloat16 or torch.float32 (--dtype), since a number format that is too small overflows so"
-        )
+    refuse_no_numbers(state.pipe, evidence.images)
     if not all(map(math.isfinite, (evidence.reward, *evidence.merit))):
         scores = {"reward": evidence.reward, **evidence.judges}
         listed = ", ".join(f"{name} {value}" for name, value in scores.items() if not math.isfinite(value))

@@ -18,11 +18,15 @@ from tqdm import auto
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
+from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.escaping import one_line
 from alignprop_pipe.images import enlarged, make_grid, to_pil
 from alignprop_pipe.records import Evidence, StepRecord
 
 logger = logging.getLogger(__name__)
+
+PREVIEWS = "previews"
+"""`progress` that shows the newest pictures too."""
 
 BETWEEN_LINES = 10.0
 """Seconds from line to line where nothing can be drawn over, as in a log file."""
@@ -132,10 +136,12 @@ class Displays:
 
 
 @contextmanager
-def shown(pipe: DiffusionPipeline, steps: int, progress: bool | Display, previews: bool) -> Iterator[Displays]:
+def shown(pipe: DiffusionPipeline, steps: int, progress: bool | str | Display) -> Iterator[Displays]:
     """What shows a run that takes place inside; what is logged meanwhile goes above the bar."""
-    others = [Previews()] if previews else []
-    if not isinstance(progress, bool):
+    if isinstance(progress, str) and progress != PREVIEWS:
+        raise ConfigError(f"progress={progress!r}: True, False, {PREVIEWS!r} or an object with on_step is needed")
+    others = [Previews()] if progress == PREVIEWS else []
+    if not isinstance(progress, bool | str):
         yield Displays(progress, *others)
     elif not progress or switched_off(pipe):
         yield Displays(*others)
