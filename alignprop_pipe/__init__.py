@@ -18,12 +18,9 @@ if TYPE_CHECKING:
     from alignprop_pipe.adapters.inspect import inspect_adapter as inspect_adapter
     from alignprop_pipe.adapters.merge import merge as merge
     from alignprop_pipe.adapters.mix import mix as mix
-    from alignprop_pipe.config.choices import FullBackprop as FullBackprop
     from alignprop_pipe.config.choices import Hinge as Hinge
     from alignprop_pipe.config.choices import KeepSteps as KeepSteps
-    from alignprop_pipe.config.choices import LastK as LastK
     from alignprop_pipe.config.choices import Maximize as Maximize
-    from alignprop_pipe.config.choices import RandomLastK as RandomLastK
     from alignprop_pipe.config.choices import RecomputeAll as RecomputeAll
     from alignprop_pipe.config.choices import RecomputeNone as RecomputeNone
     from alignprop_pipe.config.choices import Target as Target
@@ -33,6 +30,9 @@ if TYPE_CHECKING:
     from alignprop_pipe.config.settings import LoraOptions as LoraOptions
     from alignprop_pipe.config.settings import OptimizerOptions as OptimizerOptions
     from alignprop_pipe.config.settings import SamplingOptions as SamplingOptions
+    from alignprop_pipe.config.truncation import FullBackprop as FullBackprop
+    from alignprop_pipe.config.truncation import LastK as LastK
+    from alignprop_pipe.config.truncation import RandomLastK as RandomLastK
     from alignprop_pipe.errors import AlignError as AlignError
     from alignprop_pipe.pipeline import AlignPropPipeline as AlignPropPipeline
     from alignprop_pipe.prompts import PromptSet as PromptSet
@@ -65,9 +65,9 @@ _HOME = {
     "OptimizerOptions": "alignprop_pipe.config.settings",
     "SamplingOptions": "alignprop_pipe.config.settings",
     "EvaluationOptions": "alignprop_pipe.config.settings",
-    "FullBackprop": "alignprop_pipe.config.choices",
-    "LastK": "alignprop_pipe.config.choices",
-    "RandomLastK": "alignprop_pipe.config.choices",
+    "FullBackprop": "alignprop_pipe.config.truncation",
+    "LastK": "alignprop_pipe.config.truncation",
+    "RandomLastK": "alignprop_pipe.config.truncation",
     "RecomputeAll": "alignprop_pipe.config.choices",
     "RecomputeNone": "alignprop_pipe.config.choices",
     "KeepSteps": "alignprop_pipe.config.choices",

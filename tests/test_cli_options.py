@@ -15,8 +15,8 @@ from alignprop_pipe.cli.console import Output
 from alignprop_pipe.cli.opening import find_device, is_model
 from alignprop_pipe.cli.options import TrainRequest, options_from
 from alignprop_pipe.cli.planning import planned
-from alignprop_pipe.config.choices import LastK, RandomLastK
 from alignprop_pipe.config.settings import FIELD_PATHS, AlignConfig
+from alignprop_pipe.config.truncation import LastK, RandomLastK
 from alignprop_pipe.errors import ConfigError
 
 

@@ -12,20 +12,15 @@ from hypothesis import strategies as st
 
 from alignprop_pipe.config.choices import (
     Checkpointing,
-    FullBackprop,
     Hinge,
     KeepSteps,
-    LastK,
     Loss,
     Maximize,
-    RandomLastK,
     RecomputeAll,
     RecomputeNone,
     Target,
-    Truncation,
     checkpointing_from_text,
     loss_from_text,
-    truncation_from_text,
 )
 from alignprop_pipe.config.settings import (
     FIELD_PATHS,
@@ -39,6 +34,7 @@ from alignprop_pipe.config.settings import (
     leaves,
     value_from,
 )
+from alignprop_pipe.config.truncation import FullBackprop, LastK, RandomLastK, Truncation, truncation_from_text
 from alignprop_pipe.errors import AlignError, ConfigError
 
 # --- strategies: every field over its whole range ------------------------------------------------------------------

@@ -14,8 +14,8 @@ from by_hand import PROMPTS, Chain, double_inside
 from miniatures import FAMILIES, Family
 from torch import Tensor, nn
 
-from alignprop_pipe.config.choices import LastK
 from alignprop_pipe.config.settings import AlignConfig, LoraOptions
+from alignprop_pipe.config.truncation import LastK
 from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.records import PromptBatch, Rollout

@@ -7,12 +7,11 @@ import pytest
 import torch
 from aligning import adapter, align, aligned, pictures, same, settings, state
 
-from alignprop_pipe.config.choices import Truncation, truncation_from_text
+from alignprop_pipe.config.truncation import Truncation, truncation_from_text
 from alignprop_pipe.diffusion import lora, stock
-from alignprop_pipe.diffusion.gradient import graded_steps
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.seeds import generator_for
-from alignprop_pipe.training.forecast import Forecast, Probe, forecast, held_at_once, most_graded_steps, scaled
+from alignprop_pipe.training.forecast import Forecast, Probe, forecast, held_at_once, scaled
 
 MB = 2**20
 # Two steps of which one is graded, four of which two are: 1 s a step forward, 3 s a graded step backward, 0.5 s and
@@ -68,8 +67,8 @@ def test_noise_in_the_measurement_gives_no_negative_numbers() -> None:
 @pytest.mark.parametrize("text", ["full", "last:3", "last:9", "random", "random:2-4", "random:2-9"])
 def test_most_graded_steps_is_the_largest_draw(text: str) -> None:
     rule: Truncation = truncation_from_text(text)
-    drawn = max(len(graded_steps(rule, 5, generator_for("truncation", seed))) for seed in range(60))
-    assert most_graded_steps(rule, 5) == drawn
+    drawn = max(len(rule.plan(5, generator_for("truncation", seed))) for seed in range(60))
+    assert rule.most(5) == drawn
     assert held_at_once(settings(checkpointing="none"), drawn) == drawn
 
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from alignprop_pipe.config.settings import AlignConfig, LoraOptions
 from alignprop_pipe.diffusion import lora, stock
-from alignprop_pipe.diffusion.gradient import graded_steps
 from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
@@ -371,7 +370,7 @@ def test_k_is_drawn_once_for_a_trajectory():
         handle = pipe.unet.register_forward_hook(lambda _m, _a, out, graph=graph: graph.append(out[0].requires_grad))
         with by_hand.hooked(handle):
             result = rollout(pipe, PromptBatch(PROMPTS), config, by_hand.generators(), drawn)
-        assert result.graded == graded_steps(config.truncation, 6, expected)
+        assert result.graded == config.truncation.plan(6, expected)
         assert torch.equal(drawn.get_state(), expected.get_state())  # one draw, no more
         assert graph == [step in result.graded for step in range(6)]
         seen.add(len(result.graded))

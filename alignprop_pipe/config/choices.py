@@ -1,4 +1,4 @@
-"""The choices that a setting can hold, as small frozen values: truncation, gradient checkpointing, loss, window.
+"""The choices that a setting can hold, as small frozen values: gradient checkpointing, loss, window.
 
 Text becomes a value once, at the edge; `str(value)` gives the text back. Standard library only.
 """
@@ -28,79 +28,6 @@ def _finite(name: str, value: Any) -> float:
     if not (is_whole(value) or isinstance(value, float)) or not math.isfinite(number := as_float(name, value)):
         raise ConfigError(f"{name}={value!r}): a finite number is needed")
     return number
-
-
-# --- truncation: which of the last steps carry gradient ---
-
-
-@dataclass(frozen=True, slots=True)
-class FullBackprop:
-    """Every denoising step carries gradient (DRaFT, arXiv 2309.17400; collapses early, AlignProp section 4)."""
-
-    def __str__(self) -> str:
-        return "full"
-
-
-@dataclass(frozen=True, slots=True)
-class LastK:
-    """The last `k` denoising steps carry gradient (DRaFT-K)."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        if not is_whole(self.k) or self.k < 1:
-            raise ConfigError(
-                f"LastK(k={self.k!r}): k must be a whole number, 1 or more; with no graded step nothing is trained"
-            )
-
-    def __str__(self) -> str:
-        return f"last:{self.k}"
-
-
-@dataclass(frozen=True, slots=True)
-class RandomLastK:
-    """The last K steps, K uniform on low..high, drawn once per trajectory (AlignProp, section 3.3).
-
-    The paper draws from 0..T; K = 0 would train nothing, so `low` starts at 1. `high=None` means T.
-    """
-
-    low: int = 1
-    high: int | None = None
-
-    def __post_init__(self) -> None:
-        whole = is_whole(self.low) and (self.high is None or is_whole(self.high))
-        if not whole or self.low < 1 or (self.high is not None and self.high < self.low):
-            raise ConfigError(
-                f"RandomLastK(low={self.low!r}, high={self.high!r}): whole numbers with 1 <= low <= high are needed; "
-                "high=None means every step"
-            )
-
-    def __str__(self) -> str:
-        if (self.low, self.high) == (1, None):
-            return "random"
-        return f"random:{self.low}-{'' if self.high is None else self.high}"
-
-
-Truncation = FullBackprop | LastK | RandomLastK
-
-
-def truncation_from_text(text: str) -> Truncation:
-    """`full`, `last:5`, `random`, `random:1-10` or `random:3-` -> the value. Raises ConfigError."""
-    name, _, rest = text.strip().lower().partition(":")
-    try:
-        if name == "full" and not rest:
-            return FullBackprop()
-        if name == "last":
-            return LastK(int(rest))
-        if name == "random":
-            low, dash, high = rest.partition("-")
-            if dash or not rest:
-                return RandomLastK(int(low or 1), int(high) if high else None)
-    except ConfigError:
-        raise
-    except ValueError:
-        pass
-    raise ConfigError(f"truncation {text!r} is not known; use one of: full, last:5, random, random:1-10")
 
 
 # --- gradient checkpointing: which graded steps are computed twice ---

@@ -17,18 +17,16 @@ from alignprop_pipe.config.choices import (
     Checkpointing,
     Loss,
     Maximize,
-    RandomLastK,
     RecomputeAll,
     RecomputeNone,
-    Truncation,
     checkpointing_from_text,
     followed_from_text,
     is_whole,
     loss_from_text,
-    truncation_from_text,
 )
 from alignprop_pipe.config.code import refuse_code
 from alignprop_pipe.config.fields import check, exact, option
+from alignprop_pipe.config.truncation import RandomLastK, Truncation, truncation_from_text
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.files import decoded
 

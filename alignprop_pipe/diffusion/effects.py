@@ -8,10 +8,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from alignprop_pipe.config.choices import KeepSteps, LastK, RandomLastK
+from alignprop_pipe.config.choices import KeepSteps
 from alignprop_pipe.config.settings import AlignConfig, SamplingOptions, leaves
+from alignprop_pipe.config.truncation import LastK, RandomLastK
 from alignprop_pipe.diffusion import stock
-from alignprop_pipe.diffusion.gradient import most_graded_steps
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _unguided(sampling: SamplingOptions, taken: Mapping[str, inspect.Parameter],
 def _steps(config: AlignConfig, given: Collection[str]) -> dict[str, str]:
     """Of the steps, of optimizing and of denoising."""
     found, total = {}, config.sampling.num_inference_steps
-    warmup, graded = config.optimizer.warmup_steps, most_graded_steps(config.truncation, total)
+    warmup, graded = config.optimizer.warmup_steps, config.truncation.most(total)
     if "warmup_steps" in given and warmup == 1:
         found["warmup_steps"] = "the rate of the first step is lr with it and without; 2 or more let it rise"
     elif "warmup_steps" in given and warmup > config.steps:

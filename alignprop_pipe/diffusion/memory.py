@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from alignprop_pipe.config.choices import KeepSteps, RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig, SamplingOptions
 from alignprop_pipe.diffusion import stock
-from alignprop_pipe.diffusion.gradient import most_graded_steps
 from alignprop_pipe.diffusion.rollout import autograd_on
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.seeds import SeededDraws, generator_for
@@ -60,7 +59,7 @@ class Asked:
 
 def check_training(pipe: DiffusionPipeline, config: AlignConfig, call_kwargs: Mapping[str, Any], held_out: int) -> None:
     """Raises ConfigError if a batch of the training, or of the evidence, cannot fit; says what would."""
-    graded = most_graded_steps(config.truncation, config.sampling.num_inference_steps)
+    graded = config.truncation.most(config.sampling.num_inference_steps)
     match config.checkpointing:
         case RecomputeNone():
             kept = graded

@@ -27,7 +27,6 @@ from alignprop_pipe.config.choices import RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.diffusion.checkpointing import recomputed
-from alignprop_pipe.diffusion.gradient import graded_steps
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
 from alignprop_pipe.seeds import SeededDraws
@@ -102,7 +101,7 @@ class StepClock:
             begin = getattr(scheduler, "begin_index", None) or 0
             self.announced = int(announced or len(scheduler.timesteps) - begin)
             self.num_steps = _counted_steps.get(self.pipe, {}).get(self.announced, self.announced)
-            self.graded = graded_steps(self.config.truncation, self.num_steps, self.generator)
+            self.graded = self.config.truncation.plan(self.num_steps, self.generator)
 
     def stepped(self, latents: Tensor) -> None:
         """The scheduler, or a copy of it, has made `latents` of what the denoiser said."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 
-from alignprop_pipe.config.choices import KeepSteps, LastK, RecomputeNone
+from alignprop_pipe.config.choices import KeepSteps, RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig
+from alignprop_pipe.config.truncation import LastK
 from alignprop_pipe.diffusion import lora, refusals, stock
 from alignprop_pipe.diffusion.checkpointing import recomputed
-from alignprop_pipe.diffusion.gradient import mean_graded_steps, most_graded_steps
 from alignprop_pipe.diffusion.rollout import autograd_on, rollout
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.seeds import generator_for
@@ -89,12 +89,12 @@ def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Pro
     activations = max(0, long.kept - short.kept) / graded_gained
 
     total = config.sampling.num_inference_steps
-    graded = mean_graded_steps(config.truncation, total)
+    graded = config.truncation.expected(total)
     every = range(total - round(graded), total)
     twice = sum(recomputed(config.checkpointing, step, every) for step in every)
     fixed = short.forward + short.backward - short.steps * per_step - short.steps // 2 * per_graded
     seconds = max(0.0, fixed) + (total + twice) * per_step + graded * per_graded
-    at_once = held_at_once(config, most_graded_steps(config.truncation, total))
+    at_once = held_at_once(config, config.truncation.most(total))
     weights = sum(p.numel() * p.element_size() for part in stock.components(pipe).values() for p in part.parameters())
     decoder = max(0.0, short.kept - short.steps // 2 * activations)
     return Forecast(

@@ -20,8 +20,8 @@ from by_hand import direction_of, dot, double_inside, relative_difference
 from torch import Tensor, nn
 
 from alignprop_pipe import AlignPropPipeline
-from alignprop_pipe.config.choices import LastK
 from alignprop_pipe.config.settings import FIELD_PATHS, AlignConfig, LoraOptions
+from alignprop_pipe.config.truncation import LastK
 from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.diffusion.rollout import rollout, with_backward
 from alignprop_pipe.errors import AlignError
