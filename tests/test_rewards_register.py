@@ -126,3 +126,37 @@ def test_close_names_are_offered() -> None:
     register("redness", redness)
     with pytest.raises(RewardError, match="did you mean redness"):
         parse_reward("rednes")
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package that names two rewards, one whose name is taken and one that cannot be imported."""
+    about = tmp_path / "warm_rewards-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: warm-rewards\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[alignprop.rewards]\nwarm_plugin = warm_rewards:warmth\ncool_plugin = warm_rewards:Cool\n"
+        "jpeg = warm_rewards:warmth\nbroken_plugin = warm_rewards.nothing:x\n"
+    )
+    (tmp_path / "warm_rewards.py").write_text(
+        "from alignprop_pipe.rewards import Reward\n"
+        'def warmth(images, factor=1.0):\n    """How warm."""\n    return factor * images[:, 0].mean((1, 2))\n'
+        'class Cool(Reward):\n    """How cool."""\n    name = "cool"\n'
+        "    def score(self, images, prompts, targets):\n        return images[:, 2].mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_asked", set())
+    return tmp_path
+
+
+def test_rewards_of_installed_packages(plugin: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reward = parse_reward("2*warm_plugin(factor=0.5) - cool_plugin")
+    torch.testing.assert_close(reward(IMAGES, ["", ""]).total, IMAGES[:, 0].mean((1, 2)) - IMAGES[:, 2].mean((1, 2)))
+    assert registry.REGISTRY["warm_plugin"].summary == "How warm."
+    assert parse_reward("jpeg") == REGISTRY["jpeg"].make()  # ours goes first
+    left_out = [record.getMessage() for record in caplog.records]
+    assert len(left_out) == 2
+    assert any("'jpeg'" in text and "is taken" in text for text in left_out)
+    assert any("'broken_plugin'" in text and "No module named" in text for text in left_out)
+    with pytest.raises(RewardError, match="did you mean warm_plugin"):
+        parse_reward("warm_plugins")

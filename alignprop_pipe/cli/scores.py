@@ -283,7 +283,9 @@ def listed(request: RewardsRequest) -> None:
     """List the rewards that --reward takes by name; `rewards check EXPR` tries one."""
     if request.subcommand is not None:
         return
-    from alignprop_pipe.rewards.registry import REGISTRY
+    from alignprop_pipe.rewards.registry import REGISTRY, register_installed
+
+    register_installed()
 
     import_rewards(request.imports)
     output = console.Output(quiet=request.json, json=request.json)

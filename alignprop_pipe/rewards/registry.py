@@ -5,7 +5,9 @@ Importing this module loads no torch.
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from alignprop_pipe.config.code import BY_TEXT, refuse_code
@@ -16,7 +18,12 @@ from alignprop_pipe.rewards.entries import ENTRIES, RewardEntry
 if TYPE_CHECKING:
     from alignprop_pipe.rewards.base import Reward
 
+logger = logging.getLogger(__name__)
+
 REGISTRY: dict[str, RewardEntry] = {entry.name: entry for entry in ENTRIES}
+GROUP = "alignprop.rewards"
+"""The group of entry points in which an installed package names rewards of its own."""
+_asked: set[EntryPoint] = set()
 
 
 def parse_reward(text: str, accept_license: bool = False, allow_code: bool = False) -> "Reward":
@@ -99,6 +106,21 @@ def register(
     return reward
 
 
+def register_installed() -> None:
+    """Register the rewards that installed packages name as entry points of the group `alignprop.rewards`, once.
+
+    Each is what `register` takes, under the entry point's name. One that cannot be loaded, or whose name is taken, is
+    told and left out.
+    """
+    for point in entry_points(group=GROUP):
+        if point not in _asked:
+            _asked.add(point)
+            try:
+                register(point.name, point.load())
+            except Exception as error:  # whatever somebody else's package raises when it is imported
+                logger.warning("the reward %r of %r is left out: %s", point.name, point.value, error)
+
+
 def _check_name(name: str) -> None:
     """Raises RewardError for a name that an expression would not read as this one name."""
     read: list[str] = []
@@ -141,6 +163,8 @@ def as_reward(source: "Reward | str | Callable[..., Any]") -> "Reward":
 def _made(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], allow_code: bool) -> "Reward":
     if ":" in name:
         name, args = BY_TEXT, (name, *args)
+    if name not in REGISTRY:
+        register_installed()
     if name not in REGISTRY:
         close = difflib.get_close_matches(name.lower(), REGISTRY, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(REGISTRY))}"
