@@ -117,9 +117,8 @@ def test_the_expressions_on_the_page_of_reward_from_text_are_rewards() -> None:
         parse_reward(text)
 
 
-def test_the_readme_lists_the_nodes_and_the_templates() -> None:
-    text = (NODES.parent / "README.md").read_text(encoding="utf-8")
-    told = cells(text.partition("\n## ComfyUI\n")[2].partition("\n## ")[0])
+def test_the_documentation_lists_the_nodes_and_the_templates() -> None:
+    told = cells((NODES.parent / "docs" / "comfyui.md").read_text(encoding="utf-8"))
     titles = [re.findall(r'display_name="([^"]+) \(AlignProp\)"', source)[0] for source in SOURCES.values()]
     templates = [f"`{path.stem}`" for path in (NODES.parent / "example_workflows").glob("*.json")]
     names = [row[0] for row in told if row[0] not in ("node", "template", "---")]

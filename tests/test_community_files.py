@@ -41,6 +41,8 @@ def test_every_dependency_is_pinned_in_the_constraints_without_a_source() -> Non
     required = re.findall(r'^  "([\w-]+)[><=]', project[start : project.index("]", start)], re.MULTILINE)
     assert len(required) > 10
     assert {name.lower().replace("_", "-") for name in required} <= pinned
+    extras = re.findall(r'"([\w-]+)(?:\[\w+\])?[><=]', project[project.index("\ndocs = [") :].split("]\n")[0])
+    assert {"mkdocs-material", "mkdocstrings"} <= set(extras) <= pinned
     tools = dict(re.findall(r'"(ruff|pyright)(?:\[nodejs\])?==([\d.]+)"', project))
     assert {f"{name}=={version}" for name, version in tools.items()} <= set(pins)
     assert f'required-version = "=={tools["ruff"]}"' in project
