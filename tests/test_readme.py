@@ -109,7 +109,8 @@ class Smaller(ast.NodeTransformer):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         quick: dict[str, Any] = {}
         if called == "align":
-            quick = {"steps": 1, "batch_size": 2, "eval_prompts": 2, "num_inference_steps": 2}
+            quick = {"steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1, "eval_prompts": 2}
+            quick |= {"num_inference_steps": 2, "truncation": "last:1"}
         elif called == "pipe":
             quick = {"num_inference_steps": 2}
         kept = [keyword for keyword in node.keywords if keyword.arg not in quick]
