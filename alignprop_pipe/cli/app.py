@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alignprop_pipe.bundled import preset_for
-from alignprop_pipe.cli import comfy, console, exporting, mixing, pushing, scores
+from alignprop_pipe.cli import comfy, console, doctor, exporting, mixing, pushing, scores
 from alignprop_pipe.cli.drawing import Sheet, check_out, draw
 from alignprop_pipe.cli.opening import check_model, find_device, is_model, open_pipeline
 from alignprop_pipe.cli.options import (
@@ -325,6 +325,7 @@ app.command(epilog=mixing.MIX_EXAMPLES)(mixing.mix)
 
 
 app.add_typer(scores.rewards, name="rewards")
+app.command(epilog=doctor.DOCTOR_EXAMPLES)(options_from(ListRequest)(doctor.doctor))
 app.add_typer(comfy.comfy, name="comfy")
 
 
