@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from alignprop_pipe.training.loop import align_steps as align_steps
     from alignprop_pipe.training.result import AlignResult as AlignResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # We name no image processor by its class, so transformers' hint to write the class otherwise is not for our users.
 logging.getLogger("transformers.utils.import_utils").addFilter(
