@@ -110,6 +110,8 @@ def test_lists(name: str, entry: str) -> None:
     assert entry in run(name).output
     lines = json_lines(run(name, "--json").stdout)
     assert entry in [line["name"] for line in lines]
+    assert {key for line in lines for key in line if not re.fullmatch("[a-z][a-z0-9_]*", key)} == set()
+    assert all(isinstance(line.get("targets", []), list) for line in lines)
     assert all(line["type"] == "entry" for line in lines)
 
 
@@ -312,6 +314,7 @@ def test_json_stands_alone_on_stdout_and_the_default_folder_is_named(model: Path
     last = lines[-1]
     assert not last["interrupted"]
     assert Path(last["files"]["adapter"]).is_file()
+    assert set(last["files"]) == {"adapter", "before_after", "report", "run_folder"}
     assert Path(last["run_folder"]).parent == Path("runs")
     assert "brightness" in last["run_folder"]
     assert "step 2/2" in result.stderr
@@ -511,7 +514,11 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sample_writes_pictures_that_say_how_they_were_made(model: Path, adapter: Path, place: Path) -> None:
     arguments = [model, "a dog", "two cäts", "--num", "2", "--seed", "3", "--num-inference-steps", "2"]
-    result = run("sample", *arguments, "--adapter", adapter, "--scale", "0.5", "--out", "pictures")
+    arguments += ["--adapter", adapter, "--scale", "0.5"]
+    (told, *_) = json_lines(run("sample", *arguments, "--out", "numbers", "--json").stdout)
+    assert (told["seed"], told["number"], told["scale"], told["num_inference_steps"]) == (3, 0, 0.5, 2)
+    assert isinstance(told["guidance_scale"], float)
+    result = run("sample", *arguments, "--out", "pictures")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     names = sorted(path.name for path in Path("pictures").iterdir())

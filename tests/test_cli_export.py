@@ -208,7 +208,9 @@ def test_inspect_as_json() -> None:
     (record,) = records(run("inspect", "runs/mine", "--json"))
     assert record["type"] == "adapter"
     assert record["layers"] == {"unet": 64, "text_encoder": 6, "text_encoder_2": 6}
-    assert set(record["ranks"]) == {"2", "3"}
+    assert sorted(one["rank"] for one in record["ranks"]) == [2, 3]
+    assert sum(one["layers"] for one in record["ranks"]) == 76
+    assert all(isinstance(one["alpha"], float) for one in record["alphas"])
     assert record["metadata"]["alignprop.reward"] == "clip"
     assert {verdict["program"]: verdict["loads"] for verdict in record["programs"]}["diffusers"] is True
     assert record["change"] > 0

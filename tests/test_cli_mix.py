@@ -193,7 +193,9 @@ def test_a_sweep_draws_the_mixes_from_the_same_noise_and_scores_them(model: Path
             wanted = parse_reward(name)(torch.tensor(image, dtype=torch.float32), ["a dog"]).total.item()
             assert score == pytest.approx(wanted, abs=0.01)  # a level of 8 bits may round otherwise
     assert len({line["scores"]["brightness"] for line in pictures}) == 6
-    assert last["means"]["0.5"]["colour"] == pytest.approx(np.mean([one["scores"]["colour"] for one in pictures[2:4]]))
+    assert [means["weight"] for means in last["means"]] == [0.0, 0.5, 1.0]
+    colour = np.mean([one["scores"]["colour"] for one in pictures[2:4]])
+    assert last["means"][1]["scores"]["colour"] == pytest.approx(colour)
     sheet = Image.open("row.png")
     about = sheet.text  # type: ignore[attr-defined]
     assert (about["adapters"], about["weights"], about["seed"]) == ("one=1, two", "0 0.5 1", "3")

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -85,6 +87,46 @@ def test_a_table_with_the_best_first_and_every_part() -> None:
     assert float(foot["mean"][1]) == pytest.approx(90 / 255, abs=1e-4)
     assert float(foot["standard deviation"][1]) == pytest.approx(60 / 255, abs=1e-4)
     assert "3 pictures scored, mean 0.35" in result.stdout
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_picture_is_one_line_in_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the file and its score are always there; folders, parts and prompts only where they fit."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    folder = Path("pictures", "ein sehr langer Ordner", "und noch einer mit 図", "und einer")
+    folder.mkdir(parents=True)
+    names = [f"{number:03d}-two-dogs.png" for number in range(5)]
+    for number, name in enumerate(names):
+        image = Image.new("RGB", (64, 64), (50 * number,) * 3)
+        (folder / name).write_bytes(png_bytes([image], {"prompt": f"{number} dogs " + "and a cat " * 9}))
+    result = run("score", folder, "--reward", "brightness + 0.1*jpeg + 0.01*sharpness + tv")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()[1:]  # the first one names the reward in full
+    assert max(map(cell_len, lines)) <= width
+    rows = [line for line in lines if "-two-dogs.png" in line]
+    assert [line[: line.index(".png")][-12:] for line in rows] == [name[:-4] for name in reversed(names)]
+    for line in rows:
+        assert re.fullmatch(r"-?[\d.e-]+", line.partition(".png")[2].split()[0])
+    (header,) = (line for line in lines if line.split()[:2] == ["file", "score"])
+    if width == 200:
+        assert str(folder / names[0]) in result.stdout
+    assert ("prompt" in header) == (width == 200)
+    assert ("no room for" in result.stdout) == (width < 200)
+
+
+@pytest.mark.usefixtures("place")
+def test_top_shows_the_best_and_the_mean_of_all() -> None:
+    every, best = (run("score", "pictures", "--reward", "brightness", *top) for top in ((), ("--top", "1")))
+    assert len(table_rows(every.stdout)) == 3
+    (row,) = table_rows(best.stdout)
+    assert row[0] == "pictures/bright.png"
+    assert "brightness, the best 1 of 3" in best.stdout
+    assert best.stdout.splitlines()[-1] == every.stdout.splitlines()[-1]
+    assert "mean 0.3529" in best.stdout
+    record, summary = lines_of(run("score", "pictures", "--reward", "brightness", "--top", "1", "--json").stdout)
+    assert (record["file"], summary["pictures"]) == ("pictures/bright.png", 3)
+    assert run("score", "pictures", "--reward", "brightness", "--top", "0").exit_code == 2
 
 
 @pytest.mark.usefixtures("place")

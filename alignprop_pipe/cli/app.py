@@ -195,7 +195,9 @@ def _tell(output: console.Output, model: str, result: "AlignResult") -> None:
         "steps": result.steps,
     }
     told = {"held_out": held_out, "warnings": warnings}
-    output.record("result", {**facts, **told, "run_folder": result.run_folder, "files": files})
+    keys = {"before, after": "before_after", "all of it": "run_folder"}
+    named = {keys.get(name, name): path for name, path in files.items()}
+    output.record("result", {**facts, **told, "run_folder": result.run_folder, "files": named})
 
 
 def _change_row(name: str, before: float, after: float, difference: float, error: float) -> tuple[str, ...]:
@@ -346,7 +348,7 @@ def prompts(request: ListRequest) -> None:
     from alignprop_pipe.prompts import named_sets
 
     rows = [
-        {"name": name, "prompts": len(found), "first": found.prompts[0], "targets": ", ".join(found.targets)}
+        {"name": name, "prompts": len(found), "first": found.prompts[0], "targets": [*found.targets]}
         for name, found in named_sets().items()
     ]
     _list(request, rows, "or a file: .txt with a prompt a line, .jsonl, .csv or .tsv with a column 'prompt'")
@@ -357,6 +359,12 @@ def _list(request: ListRequest, rows: list[dict[str, Any]], more: str) -> None:
     for row in rows:
         output.record("entry", row)
     titles = [name.replace("size_mb", "MB") for name in rows[0]]
-    texts = [[f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    texts = [[_cell(value) for value in row.values()] for row in rows]
     output.table("", titles, texts)
     output.say(more)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -47,23 +47,23 @@ class Sheet:
     def scale(self) -> float:
         return 1.0 if self.request.scale is None else self.request.scale
 
-    def about(self, picture: "Picture") -> dict[str, str]:
-        """The text chunks; folders and files by their last name, so that no path of this machine travels along."""
+    def about(self, picture: "Picture") -> dict[str, str | int | float]:
+        """What the text chunks say; folders and files by their last name, so that no path goes along."""
         facts = {
             PROMPT_CHUNK: picture.prompt,
             SHEET_CHUNK: "base and aligned" if self.request.compare else "",
             "negative_prompt": self.sampling.negative_prompt,
-            "seed": str(self.request.seed),
-            "number": str(picture.number),
+            "seed": self.request.seed,
+            "number": picture.number,
             "model": Path(self.model).name if exists(self.model) else self.model,
             "adapter": "" if self.adapter is None else _public(self.adapter),
-            "scale": "" if self.adapter is None else f"{self.scale:g}",
+            "scale": "" if self.adapter is None else self.scale,
             "window": self.request.window or "",
-            "num_inference_steps": str(self.sampling.num_inference_steps),
-            "guidance_scale": f"{self.sampling.guidance_scale:g}",
+            "num_inference_steps": self.sampling.num_inference_steps,
+            "guidance_scale": self.sampling.guidance_scale,
             "software": f"alignprop-pipe {alignprop_pipe.__version__}",
         }
-        return {name: text for name, text in facts.items() if text}
+        return {name: text for name, text in facts.items() if text != ""}
 
 
 def check_out(out: Path) -> None:
@@ -90,7 +90,8 @@ def draw(pipe: "DiffusionPipeline", prompts: Sequence[str], sheet: Sheet, output
     for place, (picture, frames) in enumerate(_drawn(pipe, prompts, sheet)):
         path = sheet.request.out / f"{sheet.first + place:03d}-{slug(picture.prompt, 'prompt')}.png"
         about = sheet.about(picture)
-        write_whole(path, png_bytes(frames, about))
+        chunks = {name: f"{fact:g}" if isinstance(fact, float) else str(fact) for name, fact in about.items()}
+        write_whole(path, png_bytes(frames, chunks))
         output.record("picture", {"file": path, **about})
         files.append(path)
         shown.append(frames[len(frames) // 2])

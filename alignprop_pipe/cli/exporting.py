@@ -161,7 +161,8 @@ def inspect(request: InspectRequest) -> None:
     from alignprop_pipe.adapters.inspect import inspect_adapter
 
     found = inspect_adapter(expanded(request.file), allow_pickle=request.allow_pickle)
-    output.record("adapter", {**console.plain(found), "change": console.plain(found.change)})
+    numbers = {"ranks": _listed("rank", found.ranks), "alphas": _listed("alpha", found.alphas)}
+    output.record("adapter", {**console.plain(found), **numbers, "change": found.change})
     output.table("", ("", ""), _facts(found))
     texts = [(_cut(key), _cut(value)) for key, value in sorted(found.metadata.items())]
     if texts:
@@ -197,6 +198,11 @@ def _counts(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} times)" for value, count in counts.items())
+
+
+def _listed(name: str, counts: Mapping[Any, int]) -> list[dict[str, Any]]:
+    """For JSON, whose keys are no numbers."""
+    return [{name: value, "layers": count} for value, count in counts.items()]
 
 
 def _cut(text: str, most: int = 100) -> str:

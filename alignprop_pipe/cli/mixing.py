@@ -215,7 +215,7 @@ def _write_sweep(request: MixRequest, settings: Mapping[str, Any], output: conso
     write_whole(asked.out, png_bytes([sweep.sheet(columns, names, _caption(names, about))], about))
     _tell_columns(columns, names, output)
     output.result(f"{many} on {asked.out}")
-    means = {f"{column.weight:g}": _means(column) for column in columns}
+    means = [{"weight": column.weight, "scores": _means(column)} for column in columns]
     output.record("sweep", {"file": asked.out, "adapters": names, "model": about["model"], "means": means})
 
 

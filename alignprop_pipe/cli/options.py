@@ -178,6 +178,9 @@ class ScoreRequest(Computing):
             "column 'file'. Pictures whose own prompts are all in it take their targets from there"
         ),
     ] = None
+    top: Annotated[
+        int | None, typer.Option(help="show the best N alone; the mean is of all (default: all)", min=1, metavar="N")
+    ] = None
     csv: Annotated[
         str | None, typer.Option(metavar="FILE", help="write all scores as CSV; '-' writes to stdout, talk to stderr")
     ] = None

@@ -3,16 +3,19 @@
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
+from rich.cells import cell_len, set_cell_size
 
 from alignprop_pipe.cli import console
 from alignprop_pipe.cli.opening import find_device, import_rewards, open_reward
 from alignprop_pipe.cli.options import CheckRequest, RewardsRequest, ScoreRequest, options_from
+from alignprop_pipe.escaping import one_line
 from alignprop_pipe.files import write_whole
 from alignprop_pipe.sources import expanded, is_folder
 
@@ -39,6 +42,11 @@ alignprop rewards check "clip + 0.1*jpeg"
 alignprop rewards check my_reward.py:score --size 1024 --batch-size 4"""
 
 STDOUT = "-"
+DEVIATION = "standard deviation"
+EDGES, GAP = 2, 3
+"""Blanks at the edges of a table, and between two of its columns."""
+NARROWEST = 24
+"""Characters of a path, and of a prompt, that a table shows at least where it shows any of them and more are there."""
 
 
 # --- score -----------------------------------------------------------------------------------------------------------
@@ -197,11 +205,12 @@ def _tell(outcome: Outcome, reward: "Reward", request: ScoreRequest, output: con
     scored, failed = outcome.scored, outcome.failed
     columns = _columns(scored)
     spreads = {name: mean_and_deviation(value(one) for one in scored) for name, value in columns.items()}
-    for one in scored:
-        about = {"file": _shown(one.path), "prompt": one.prompt, "score": one.score, "parts": one.parts}
+    for one in scored[: request.top]:
+        about = {"file": _utf8(one.path), "prompt": one.prompt, "score": one.score, "parts": one.parts}
         output.record("score", about)
     if scored:
-        _table(scored, columns, spreads, reward, output)
+        _say_title(scored, reward, request, output)
+        _table(scored, columns, spreads, request, output)
     if request.csv:
         _write_csv(scored, columns, request.csv)
     mean, deviation = spreads["score"]
@@ -223,31 +232,100 @@ def _columns(scored: "Sequence[Scored]") -> "dict[str, Callable[[Scored], float]
     def part(name: str) -> "Callable[[Scored], float]":
         return lambda one: one.parts.get(name, math.nan)
 
-    return {"score": lambda one: one.score, **{name if name != "score" else "part score": part(name) for name in parts}}
+    return {"score": lambda one: one.score, **{name if name != "score" else "part_score": part(name) for name in parts}}
 
 
 def _table(
     scored: "Sequence[Scored]",
     columns: "dict[str, Callable[[Scored], float]]",
     spreads: dict[str, tuple[float, float]],
-    reward: "Reward",
+    request: ScoreRequest,
     output: console.Output,
 ) -> None:
-    """Columns that repeat the score are left out here, and so is the prompt where it is the same for all."""
-    score_of = columns["score"]
-    shown = [name for name, value in columns.items() if name == "score" or any(value(o) != score_of(o) for o in scored)]
-    prompts = len({one.prompt for one in scored}) > 1
+    """A line a picture: the path, the score, and of the parts and prompts what fits.
+
+    Parts that repeat the score are left out, and so is the prompt where it is the same for all.
+    """
+    score_of, best = columns["score"], scored[: request.top]
+    parts = [name for name in columns if name != "score" and any(columns[name](o) != score_of(o) for o in scored)]
+    differ = len({one.prompt for one in scored}) > 1
+    texts = {
+        name: [name, *(_number(columns[name](one)) for one in best), *map(_number, spreads[name])]
+        for name in ("score", *parts)
+    }
+    paths = [_shown(one.path) for one in best]
+    prompts = [one_line(one.prompt) for one in best]
+    widths = [max(map(len, column)) for column in texts.values()]
+    for_path, count, for_prompt = _room(
+        output.console.width,
+        max(map(cell_len, (*paths, DEVIATION))),
+        max(cell_len(f"…/{Path(path).name}") for path in paths),
+        widths,
+        max(map(cell_len, prompts)) if differ else 0,
+    )
+    shown = ["score", *parts][:count]
     rows = [
-        [_shown(one.path), *(_number(columns[name](one)) for name in shown), *([one.prompt] if prompts else [])]
-        for one in scored
+        [_end_of(path, for_path), *(texts[name][place] for name in shown), _start_of(prompt, for_prompt)]
+        for place, (path, prompt) in enumerate(zip(paths, prompts, strict=True), start=1)
     ]
-    foot = ["mean\nstandard deviation", *("\n".join(map(_number, spreads[name])) for name in shown)]
-    names = ["file", *shown, *(["prompt"] if prompts else [])]
-    title = f"{reward}, best first"
-    if not prompts and scored[0].prompt:
-        title += f"; prompt: {scored[0].prompt}"
-    output.say(title)
-    output.table("", names, rows, numbers=range(1, len(shown) + 1), footers=[*foot, ""][: len(names)])
+    foot = [f"mean\n{DEVIATION}", *("\n".join(texts[name][-2:]) for name in shown), ""]
+    many = len(shown) + 1 + (for_prompt > 0)
+    names = ["file", *shown, "prompt"][:many]
+    cut = [row[:many] for row in rows]
+    output.table("", names, cut, numbers=range(1, len(shown) + 1), footers=foot[:many])
+    if hidden := parts[count - 1 :] + ["prompt"] * (differ and not for_prompt):
+        _say_wrapped(f"no room for {', '.join(hidden)}: see --csv or --json", output)
+
+
+def _room(width: int, path: int, name: int, numbers: "Sequence[int]", prompt: int) -> tuple[int, int, int]:
+    """The width of paths, how many columns of numbers stand beside them, the width of prompts, which is 0 for none.
+
+    `path`, `name` (of the file alone), `numbers` and `prompt` are the widths that they would like to have.
+    """
+    least, left, count = min(path, max(name, NARROWEST)), width - EDGES - GAP - numbers[0], 1
+    for number in numbers[1:]:
+        if left - GAP - number < least:
+            break
+        left, count = left - GAP - number, count + 1
+    wanted = min(prompt, NARROWEST)
+    if not prompt or left - GAP - wanted < least:
+        return max(1, min(path, left)), count, 0
+    path = min(path, left - GAP - wanted)
+    return path, count, left - GAP - path
+
+
+def _end_of(path: str, most: int) -> str:
+    """A path without its first folders, and where its name alone is too long, without the start of that."""
+    if cell_len(path) <= most:
+        return path
+    folders = Path(path).parts
+    for place in range(1, len(folders)):
+        if cell_len(end := str(Path("…", *folders[place:]))) <= most:
+            return end
+    end = folders[-1]
+    while end and cell_len(end) >= most:
+        end = end[1:]
+    return f"…{end}"
+
+
+def _start_of(text: str, most: int) -> str:
+    return text if cell_len(text) <= most else f"{set_cell_size(text, max(0, most - 1)).rstrip()}…"
+
+
+def _say_title(scored: "Sequence[Scored]", reward: "Reward", request: ScoreRequest, output: console.Output) -> None:
+    title = (
+        f"{reward}, best first"
+        if len(scored) <= (request.top or len(scored))
+        else (f"{reward}, the best {request.top} of {len(scored)}")
+    )
+    if len({one.prompt for one in scored}) == 1 and scored[0].prompt:
+        title += f"; prompt: {one_line(scored[0].prompt)}"
+    _say_wrapped(title, output)
+
+
+def _say_wrapped(text: str, output: console.Output) -> None:
+    for line in textwrap.wrap(text, output.console.width, break_on_hyphens=False):
+        output.say(line)
 
 
 def _number(value: float) -> str:
@@ -255,7 +333,11 @@ def _number(value: float) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path as text that any terminal takes: names of files need not be UTF-8."""
+    """A path as text that any terminal takes, on one line: names of files need not be UTF-8."""
+    return _utf8(path).replace("\n", "\\n")
+
+
+def _utf8(path: Path) -> str:
     return str(path).encode("utf-8", "replace").decode()
 
 
@@ -265,7 +347,7 @@ def _write_csv(scored: "Sequence[Scored]", columns: "dict[str, Callable[[Scored]
     writer.writerow(["file", "prompt", *columns])
     for one in scored:
         numbers = (value(one) for value in columns.values())
-        writer.writerow([_shown(one.path), one.prompt, *("" if math.isnan(number) else number for number in numbers)])
+        writer.writerow([_utf8(one.path), one.prompt, *("" if math.isnan(number) else number for number in numbers)])
     if place == STDOUT:
         typer.echo(text.getvalue(), nl=False)
     else:
