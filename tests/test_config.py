@@ -446,3 +446,39 @@ def test_a_configuration_does_not_follow_the_list_it_was_made_from() -> None:
     names.append("to_k")
     assert config.lora.target_modules == ("to_q",)
     assert EvaluationOptions(judges=names).judges == ("to_q", "to_k")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (AlignConfig, {"lr": 1e-3}, 'AlignConfig.preset("fast").replace(lr=...)'),
+        (AlignConfig, {"lr": 1e-3}, "AlignConfig(optimizer=OptimizerOptions(lr=...))"),
+        (AlignConfig, {"judges": ("clip",)}, "AlignConfig(evaluation=EvaluationOptions(judges=...))"),
+        (AlignConfig, {"ranks": 3}, "did you mean rank?"),
+        (LoraOptions, {"lr": 1e-3}, "OptimizerOptions"),
+        (SamplingOptions, {"steps": 3}, "AlignConfig(steps=...)"),
+        (EvaluationOptions, {"lora": 3}, "AlignConfig(lora=...)"),
+        (OptimizerOptions, {"rate": 3}, "no setting 'rate'"),
+    ],
+)
+def test_a_setting_in_the_wrong_place_is_told_where_it_lives(kind: Any, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        kind(**given)
+    with pytest.raises(ConfigError, match="by name"):
+        kind(3)
+
+
+WRONG = ["x", 1.5, -1, True, None, [1], {"a": 1}, "", math.inf, [None], [[]]]
+
+
+def test_a_wrong_type_in_a_file_is_told_in_words_of_ours() -> None:
+    """pydantic checks flags for Typer; nothing that it says of them comes out of a file."""
+    told = []
+    for name in (*FIELD_PATHS, *PARTS):
+        for value in WRONG:
+            try:
+                AlignConfig.from_dict({name: value})
+            except ConfigError as error:
+                told.append(str(error))
+    assert len(told) > 5 * len(FIELD_PATHS)
+    assert not [text for text in told if re.search("pydantic|Value error|Input should|validation error", text)]

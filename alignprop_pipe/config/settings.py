@@ -5,6 +5,7 @@ Standard library only, so that `alignprop --help` can show every default without
 
 import dataclasses
 import difflib
+import functools
 import json
 import sys
 import typing
@@ -30,6 +31,8 @@ from alignprop_pipe.config.truncation import RandomLastK, Truncation, truncation
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.files import decoded
 
+Made = typing.TypeVar("Made")
+
 CHOSEN = "auto"
 """In the place of a judge: one that costs nothing is chosen for the reward when the run starts."""
 
@@ -49,6 +52,24 @@ class _Checked:
             object.__setattr__(self, spec.name, value)
 
 
+def _by_name(kind: type[Made]) -> type[Made]:
+    """The class, which says of a setting that it does not have where that one lives. Raises ConfigError."""
+    fill, own = typing.cast(Any, kind.__init__), [f.name for f in fields(typing.cast(Any, kind))]
+
+    @functools.wraps(fill)
+    def __init__(self: Any, *given: Any, **settings: Any) -> None:
+        if given:
+            raise ConfigError(f"{kind.__name__} takes its settings by name, such as {own[0]}=...")
+        for name in settings:
+            if name not in own:
+                raise ConfigError(_elsewhere(name, kind))
+        fill(self, **settings)
+
+    kind.__init__ = __init__
+    return kind
+
+
+@_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions(_Checked):
     """The adapter that is trained."""
@@ -65,6 +86,7 @@ class LoraOptions(_Checked):
     )
 
 
+@_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions(_Checked):
     """AdamW (paper: lr 1e-3, betas .9 and .999, weight decay 0.1, clip 5)."""
@@ -89,6 +111,7 @@ class OptimizerOptions(_Checked):
     )
 
 
+@_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions(_Checked):
     """How pictures are made during training and for the held-out evidence: arguments of the stock pipeline."""
@@ -101,6 +124,7 @@ class SamplingOptions(_Checked):
     negative_prompt: str = option("", "what the pictures should not show")
 
 
+@_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions(_Checked):
     """Held-out prompts with fixed noise, rendered and scored before, during and after the run.
@@ -146,6 +170,7 @@ class EvaluationOptions(_Checked):
             )
 
 
+@_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignConfig(_Checked):
     """Everything that decides a run (see the fields; `AlignConfig.preset` has named starting points)."""
@@ -383,6 +408,21 @@ def _check_part(name: str, value: Any) -> None:
     if not isinstance(value, kind):
         inside = ", ".join(f.name for f in fields(kind))
         raise ConfigError(f"{name} = {value!r}: {kind.__name__}(...) or a table with some of {inside} is needed")
+
+
+def _elsewhere(name: str, kind: type) -> str:
+    """What is said of a setting that a class does not have."""
+    if name not in FIELD_PATHS.keys() | PARTS.keys():
+        own = {f.name for f in fields(kind)} | (FIELD_PATHS.keys() if kind is AlignConfig else set())
+        return f"{kind.__name__} has no setting {name!r}; {_nearest(name, own)}"
+    part = FIELD_PATHS[name][0] if name in FIELD_PATHS else None
+    if part is None:
+        return f"{name} is a setting of AlignConfig, not of {kind.__name__}: AlignConfig({name}=...)"
+    home = PARTS[part].__name__
+    return (
+        f'{name} is a setting of {home}, not of {kind.__name__}: AlignConfig.preset("fast").replace({name}=...), or '
+        f"AlignConfig({part}={home}({name}=...))"
+    )
 
 
 def _refuse_code_in(judge: str) -> None:
