@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from alignprop_pipe.cli import console
+from alignprop_pipe.cli import completing, console
 from alignprop_pipe.cli.opening import open_pipeline
 from alignprop_pipe.cli.options import OUTPUT, Common, options_from
 from alignprop_pipe.escaping import one_line
@@ -64,7 +64,9 @@ class Telling:
 class ExportRequest(Telling):
     """What `alignprop export` is asked for."""
 
-    adapter: Annotated[Path, typer.Argument(help="a LoRA file of any format, or a run folder")]
+    adapter: Annotated[
+        Path, typer.Argument(help="a LoRA file of any format, or a run folder", autocompletion=completing.runs)
+    ]
     to: Annotated[
         Literal["diffusers", "comfyui", "kohya", "merged"],
         typer.Option(help="whose names it gets; merged: the model itself with the adapter in its weights"),
@@ -81,7 +83,11 @@ class ExportRequest(Telling):
         typer.Option(help="number format of the file (default: the adapter's; merged: float32)"),
     ] = None
     model: Annotated[
-        str | None, typer.Option(help="merged: the model to merge into (default: the one that the file names)")
+        str | None,
+        typer.Option(
+            help="merged: the model to merge into (default: the one that the file names)",
+            autocompletion=completing.models,
+        ),
     ] = None
     allow_pickle: AllowPickle = False
 
@@ -90,7 +96,9 @@ class ExportRequest(Telling):
 class InspectRequest(Telling):
     """What `alignprop inspect` is asked for."""
 
-    file: Annotated[Path, typer.Argument(help="a LoRA file of any format, or a run folder")]
+    file: Annotated[
+        Path, typer.Argument(help="a LoRA file of any format, or a run folder", autocompletion=completing.runs)
+    ]
     allow_pickle: AllowPickle = False
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from alignprop_pipe.cli import console
+from alignprop_pipe.cli import completing, console
 from alignprop_pipe.cli.opening import check_model, import_rewards, is_model, open_pipeline
 from alignprop_pipe.cli.options import (
     BUNDLED,
@@ -52,6 +52,7 @@ class MixRequest(Common):
             metavar="ADAPTER=WEIGHT...",
             help="adapter files, run folders or names on the Hub, each with its weight behind the last '='; with "
             "--sweep one or two of them without, and after them the model (default: the one that the adapter names)",
+            autocompletion=completing.runs,
         ),
     ]
     out: Annotated[Path, typer.Option(help="a .safetensors file; with --sweep a .png file. Nothing is overwritten")]
@@ -72,7 +73,10 @@ class MixRequest(Common):
     prompt: Annotated[list[str] | None, typer.Option(help="--sweep: a row of pictures; may be repeated")] = None
     reward: Annotated[
         str | None,
-        typer.Option(help="--sweep: what stands under the pictures (default: the adapters' own rewards; emoji: clip)"),
+        typer.Option(
+            help="--sweep: what stands under the pictures (default: the adapters' own rewards; emoji: clip)",
+            autocompletion=completing.rewards,
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="--sweep: the noise, the same in a row", min=0, max=2**63 - 1)] = 0
     batch_size: Annotated[int, typer.Option(help="--sweep: pictures made at once", min=1)] = 4

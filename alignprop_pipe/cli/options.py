@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from alignprop_pipe.bundled import preset_for
+from alignprop_pipe.cli import completing
 from alignprop_pipe.cli.console import translated
 from alignprop_pipe.config.settings import FIELD_PATHS, PARTS, PRESETS, AlignConfig
 from alignprop_pipe.errors import ConfigError
@@ -82,19 +83,24 @@ class TrainRequest(Common):
         str | None,
         typer.Argument(
             help="'emoji' (bundled, the default), a model id of the Hugging Face hub, a diffusers folder, or a "
-            ".safetensors file"
+            ".safetensors file",
+            autocompletion=completing.models,
         ),
     ] = None
     reward: Annotated[
         str | None,
         typer.Option(
             help="what to maximise: 'clip', 'clip + 0.1*jpeg', 'file.py:function'; see 'alignprop rewards' "
-            "(emoji: clip)"
+            "(emoji: clip)",
+            autocompletion=completing.rewards,
         ),
     ] = None
     prompts: Annotated[
         str | None,
-        typer.Option(help="a .txt, .jsonl, .csv or .tsv file, or a set; see 'alignprop prompts' (emoji: emoji)"),
+        typer.Option(
+            help="a .txt, .jsonl, .csv or .tsv file, or a set; see 'alignprop prompts' (emoji: emoji)",
+            autocompletion=completing.prompt_sets,
+        ),
     ] = None
     prompt: Annotated[list[str] | None, typer.Option(help="one prompt; may be repeated, instead of --prompts")] = None
     out: Annotated[Path | None, typer.Option(help="the run folder (default: runs/<date-time>-<reward>)")] = None
@@ -109,7 +115,8 @@ class TrainRequest(Common):
         Path | None,
         typer.Option(
             help="settings, and model, reward and prompts if they stand there, from a .toml or .json file, or a run "
-            "folder, whose run is repeated; over the preset, under the flags"
+            "folder, whose run is repeated; over the preset, under the flags",
+            autocompletion=completing.run_files,
         ),
     ] = None
     report_to: Annotated[
@@ -133,10 +140,15 @@ class SampleRequest(Common):
             metavar="[MODEL] [PROMPT]...",
             help="the first word is the model if it is 'emoji', a diffusers folder, like org/name, a path, or ends in "
             ".safetensors; everything else is a prompt, drawn by the bundled model if none is named",
+            autocompletion=completing.models,
         ),
     ] = None
     adapter: Annotated[
-        Path | None, typer.Option(help="an adapter.safetensors, the run folder that holds it, or me/name on the Hub")
+        Path | None,
+        typer.Option(
+            help="an adapter.safetensors, the run folder that holds it, or me/name on the Hub",
+            autocompletion=completing.runs,
+        ),
     ] = None
     scale: Annotated[float | None, typer.Option(help="strength of the adapter [default: 1.0]")] = None
     window: Annotated[
@@ -165,7 +177,10 @@ class ScoreRequest(Computing):
     ]
     reward: Annotated[
         str | None,
-        typer.Option(help="what to score by: 'clip', 'clip + 0.1*jpeg', 'file.py:function'; see 'alignprop rewards'"),
+        typer.Option(
+            help="what to score by: 'clip', 'clip + 0.1*jpeg', 'file.py:function'; see 'alignprop rewards'",
+            autocompletion=completing.rewards,
+        ),
     ] = None
     prompt: Annotated[
         str | None,
@@ -175,7 +190,8 @@ class ScoreRequest(Computing):
         str | None,
         typer.Option(
             help="a .txt, .jsonl, .csv or .tsv file, or a set: one prompt for each picture, in their order or by a "
-            "column 'file'. Pictures whose own prompts are all in it take their targets from there"
+            "column 'file'. Pictures whose own prompts are all in it take their targets from there",
+            autocompletion=completing.prompt_sets,
         ),
     ] = None
     top: Annotated[
@@ -193,7 +209,14 @@ class ScoreRequest(Computing):
 class CheckRequest(Computing):
     """What `alignprop rewards check` is asked for."""
 
-    reward: Annotated[str, typer.Argument(metavar="EXPR", help="the reward: 'clip + 0.1*jpeg', 'file.py:function'")]
+    reward: Annotated[
+        str,
+        typer.Argument(
+            metavar="EXPR",
+            help="the reward: 'clip + 0.1*jpeg', 'file.py:function'",
+            autocompletion=completing.rewards,
+        ),
+    ]
     size: Annotated[int, typer.Option(help="height and width of the pictures, in pixels", min=1)] = 512
     batch_size: Annotated[int, typer.Option(help="pictures in the batch", min=1)] = 2
     prompt: Annotated[str, typer.Option(help="the prompt of every picture")] = "two dogs on a blue background"
@@ -290,6 +313,7 @@ def _flag(name: str, part: str | None, spec: Field) -> inspect.Parameter:
         rich_help_panel=PANELS[part],
         show_default=False,
         parser=None if parse is None else _parser(parse),
+        autocompletion=completing.judges if name == "judges" else None,
         # Choices stand in the help text; spelled out here they would push long names of flags out of the panel.
         metavar="TEXT" if parse is not None or typing.get_origin(spec.type) is Literal else None,
     )

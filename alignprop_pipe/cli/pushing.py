@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignprop_pipe.cli import console
+from alignprop_pipe.cli import completing, console
 from alignprop_pipe.cli.options import OUTPUT, options_from
 from alignprop_pipe.sources import exists, expanded, is_folder
 
@@ -27,7 +27,12 @@ class PushRequest:
     """What `alignprop push` is asked for. The token is no flag: what is typed stays in a shell's history."""
 
     run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="the run folder, or an adapter file without a run")
+        Path,
+        typer.Argument(
+            metavar="RUN_FOLDER",
+            help="the run folder, or an adapter file without a run",
+            autocompletion=completing.runs,
+        ),
     ]
     repo_id: Annotated[str, typer.Argument(metavar="NAME", help="where to: me/name; made if it is not there")]
     private: Annotated[bool, typer.Option("--private", help="make the new repository private")] = False
