@@ -274,13 +274,16 @@ def test_the_table_of_errors() -> None:
 def test_dry_run(model: Path, place: Path) -> None:
     result = run("train", model, *SMALL, "--prompts", "prompts.txt", "--dry-run")
     assert result.exit_code == 0, result.output
-    for words in ("trainable parameters", "denoiser calls", "memory", "time"):
+    for words in ("trainable parameters", "denoiser calls", "memory of the process", "time", "looks"):
         assert words in result.stdout
     said = run("train", model, *SMALL, "--prompts", "prompts.txt", "--dry-run", "--json")
     (forecast,) = json_lines(said.stdout)
     assert forecast["type"] == "forecast"
     assert forecast["trainable_parameters"] > 0
     assert forecast["denoiser_calls_per_step"] > 0
+    assert forecast["process_mb"] > 100
+    seconds = forecast["steps"] * forecast["seconds_per_step"]
+    assert forecast["seconds"] > seconds
     assert not (place / "runs").exists()
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import miniatures
+import psutil
 import pytest
 import torch
 from aligning import adapter, align, aligned, pictures, same, settings, state
@@ -11,7 +12,7 @@ from alignprop_pipe.config.truncation import Truncation, truncation_from_text
 from alignprop_pipe.diffusion import lora, stock
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.seeds import generator_for
-from alignprop_pipe.training.forecast import Forecast, Probe, forecast, held_at_once, scaled
+from alignprop_pipe.training.forecast import Forecast, Probe, forecast, held_at_once, looks, scaled
 
 MB = 2**20
 # Two steps of which one is graded, four of which two are: 1 s a step forward, 3 s a graded step backward, 0.5 s and
@@ -20,7 +21,7 @@ SHORT, LONG = Probe(2.25, 3.25, 110 * MB, 2), Probe(4.25, 6.25, 210 * MB, 4)
 
 
 def cost(**changed: Any) -> Forecast:
-    return scaled(miniatures.sd15(), settings(num_inference_steps=10, **changed), SHORT, LONG, 1000)
+    return scaled(miniatures.sd15(), settings(num_inference_steps=10, **changed), SHORT, LONG, 1000, 300 * MB)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,27 @@ def test_memory_by_hand() -> None:
         assert cost(**changed).memory_mb == pytest.approx(fixed + 100 * held), changed
 
 
+def test_the_process_fills_more_than_the_pipeline() -> None:
+    """What it had filled before, and what a step needs besides."""
+    got = cost(truncation="last:4", checkpointing="none")
+    assert got.process_mb == pytest.approx(300 + 16 * 1000 / MB + 10 + 400)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "prompts", "count"),
+    [(60, 10, 16, 7), (60, 0, 16, 2), (61, 10, 16, 8), (60, 10, 0, 0), (1, 1, 4, 2)],
+)
+def test_the_time_has_every_look_in_it(steps: int, every: int, prompts: int, count: int) -> None:
+    """A picture of a look has the 0.25 s that a batch of two needs besides, and ten steps."""
+    config = settings(num_inference_steps=10, steps=steps, eval_every=every, eval_prompts=prompts, batch_size=2)
+    got = scaled(miniatures.sd15(), config, SHORT, LONG, 1000, 0)
+    assert looks(config) == count
+    assert got.seconds_per_picture == pytest.approx((0.25 + 10) / 2)
+    assert got.seconds(config, prompts) == pytest.approx(steps * got.seconds_per_step + count * prompts * 5.125)
+
+
 def test_noise_in_the_measurement_gives_no_negative_numbers() -> None:
-    got = scaled(miniatures.sd15(), settings(), LONG, SHORT, 1000)
+    got = scaled(miniatures.sd15(), settings(), LONG, SHORT, 1000, 0)
     assert got.seconds_per_step >= 0
     assert got.memory_mb >= 0
 
@@ -75,6 +95,7 @@ def test_most_graded_steps_is_the_largest_draw(text: str) -> None:
 def test_it_measures_a_real_pipeline_and_leaves_it_as_it_was() -> None:
     pipe = miniatures.sd15()
     drawn, before = pictures(pipe), state(pipe)
+    rss = psutil.Process().memory_info().rss / MB
     config = settings(num_inference_steps=6, truncation="full", checkpointing="none")
     got = forecast(pipe, config)
     assert state(pipe) == before
@@ -86,6 +107,7 @@ def test_it_measures_a_real_pipeline_and_leaves_it_as_it_was() -> None:
     assert got.trainable_parameters == sum(weight.numel() for weight in adapter(pipe))
     weights = 4 * sum(weight.numel() for part in stock.components(pipe).values() for weight in part.parameters())
     assert got.memory_mb > weights / MB
+    assert got.process_mb >= 0.9 * rss
     # Twice the pictures keep about twice the activations, and those of one graded step are a small part of those of 6.
     larger = forecast(miniatures.sd15(), config.replace(batch_size=4))
     least = forecast(miniatures.sd15(), config.replace(checkpointing="all"))

@@ -32,7 +32,6 @@ from alignprop_pipe.layout import ADAPTER, REPORT, SHEET
 from alignprop_pipe.sources import adapter_in, expanded, hub_hint, is_file, is_folder, on_hub
 
 if TYPE_CHECKING:
-    from alignprop_pipe.rewards.base import Reward
     from alignprop_pipe.training.result import AlignResult
 
 
@@ -120,7 +119,7 @@ def _train(plan: Plan, output: console.Output) -> None:
     config, request = plan.config, plan.request
     pipe = open_planned(plan, output)
     if request.dry_run:
-        return _forecast(output, pipe, config, plan.reward)
+        return _forecast(output, pipe, plan)
     split = plan.prompts.split(config.evaluation.eval_prompts, config.seed)
     output.say(split.words)
     try:
@@ -136,30 +135,36 @@ def _train(plan: Plan, output: console.Output) -> None:
         raise typer.Exit(console.INTERRUPTED)
 
 
-def _forecast(output: console.Output, pipe: Any, config: AlignConfig, reward: "Reward") -> None:
+def _forecast(output: console.Output, pipe: Any, plan: Plan) -> None:
     """What would run, and what it costs."""
     from alignprop_pipe.diffusion.memory import check_training
-    from alignprop_pipe.training.forecast import forecast
+    from alignprop_pipe.training.forecast import forecast, looks
 
+    config, held_out = (
+        plan.config,
+        len(plan.prompts.split(plan.config.evaluation.eval_prompts, plan.config.seed).evidence),
+    )
     check_training(pipe, config, {}, config.evaluation.eval_prompts)
     with console.waiting(output, "measuring one step"):
         cost = forecast(pipe, config)
-    seconds = cost.seconds_per_step * config.steps
+    seconds, looked = cost.seconds(config, held_out), looks(config)
+    step, whole = console.duration(cost.seconds_per_step), console.duration(seconds)
     pictures = config.batch_size * config.gradient_accumulation_steps
     rows = [
         ("pipeline", type(pipe).__name__),
         ("device, number format", f"{pipe.device}, {str(pipe.dtype).removeprefix('torch.')}"),
-        ("reward", str(reward)),
+        ("reward", str(plan.reward)),
         ("optimizer steps", f"{config.steps}, {pictures} pictures each"),
+        ("looks", f"{looked}, {console.counted(held_out, 'picture')} each" if looked else "none"),
         ("trainable parameters", f"{cost.trainable_parameters:,}"),
         ("denoiser calls a step", f"{cost.denoiser_calls_per_step:g}"),
-        ("memory", f"about {cost.memory_mb:,.0f} MB"),
-        ("time", f"about {console.duration(cost.seconds_per_step)} a step, {console.duration(seconds)} in all"),
+        ("memory", f"about {cost.memory_mb:,.0f} MB for the pipeline, and the reward's"),
+        ("memory of the process", f"about {cost.process_mb:,.0f} MB at its peak, and the reward's"),
+        ("time", f"about {step} a step, {whole} in all with the looks"),
     ]
     output.table("What would run", ("", ""), rows)
-    output.record(
-        "forecast", {**console.plain(cost), "steps": config.steps, "seconds": seconds, "config": config.to_dict()}
-    )
+    counts = {"steps": config.steps, "looks": looked, "held_out": held_out, "seconds": seconds}
+    output.record("forecast", {**console.plain(cost), **counts, "config": config.to_dict()})
     if output.quiet and not output.json:
         output.result(f"{rows[-2][1]}, {rows[-1][1]}")
 

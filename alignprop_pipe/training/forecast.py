@@ -1,8 +1,9 @@
 """What a run will cost, told before its first step: measured on two short chains of the pipeline itself."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from diffusers import DiffusionPipeline
 
@@ -18,12 +19,22 @@ from alignprop_pipe.seeds import generator_for
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """An estimate. Memory is weights plus what autograd keeps at the largest K; time is for a mean K."""
+    """An estimate. Memory is weights plus what autograd keeps at the largest K; time is for a mean K.
+
+    `process_mb` is what the process fills at its peak in the machine's own memory: libraries, the pipeline, and on the
+    CPU what a step needs besides. `seconds_per_picture` are those of one picture of a look at the held-out prompts.
+    """
 
     trainable_parameters: int
     denoiser_calls_per_step: float
     memory_mb: float
+    process_mb: float
     seconds_per_step: float
+    seconds_per_picture: float
+
+    def seconds(self, config: AlignConfig, held_out: int) -> float:
+        """The whole run, with every look at so many held-out pictures."""
+        return config.steps * self.seconds_per_step + looks(config) * held_out * self.seconds_per_picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,7 @@ def forecast(pipe: DiffusionPipeline, config: AlignConfig) -> Forecast:
     """
     denoisers = stock.denoisers(pipe)
     refusals.refuse_untrainable(pipe)
+    filled = psutil.Process().memory_info().rss
     with lora.taken_out(denoisers.values()):  # an adapter of an earlier run stays what it was
         try:
             lora.attach(denoisers, config.lora, config.seed)
@@ -50,7 +62,9 @@ def forecast(pipe: DiffusionPipeline, config: AlignConfig) -> Forecast:
             with stock.frozen_for_training(pipe, parameters):
                 probe(pipe, config, 2)  # the first call pays for warming up
                 short, long = probe(pipe, config, 2), probe(pipe, config, 4)
-            return scaled(pipe, config, short, long, sum(parameter.numel() for parameter in parameters))
+            cost = scaled(pipe, config, short, long, sum(parameter.numel() for parameter in parameters), filled)
+            now = psutil.Process().memory_info().rss / 2**20  # with what the libraries keep for themselves
+            return replace(cost, process_mb=max(cost.process_mb, now))
         finally:
             lora.detach(denoisers)
 
@@ -80,8 +94,10 @@ def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
     return Probe(middle - began, time.perf_counter() - middle, sum(kept.values()), made.num_steps)
 
 
-def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Probe, trainable: int) -> Forecast:
-    """From two short chains to the one that the configuration asks for."""
+def scaled(
+    pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Probe, trainable: int, filled: int
+) -> Forecast:
+    """From two short chains to the one that the configuration asks for; the process has `filled` so many bytes."""
     gained = max(1, long.steps - short.steps)
     graded_gained = max(1, long.steps // 2 - short.steps // 2)
     per_step = max(0.0, long.forward - short.forward) / gained
@@ -97,12 +113,25 @@ def scaled(pipe: DiffusionPipeline, config: AlignConfig, short: Probe, long: Pro
     at_once = held_at_once(config, config.truncation.most(total))
     weights = sum(p.numel() * p.element_size() for part in stock.components(pipe).values() for p in part.parameters())
     decoder = max(0.0, short.kept - short.steps // 2 * activations)
+    needed = 16 * trainable + decoder + at_once * activations
+    drawn = max(0.0, short.forward - short.steps * per_step) + total * per_step
     return Forecast(
         trainable_parameters=trainable,
         denoiser_calls_per_step=(total + twice) * config.gradient_accumulation_steps,
-        memory_mb=(weights + 16 * trainable + decoder + at_once * activations) / 2**20,
+        memory_mb=(weights + needed) / 2**20,
+        process_mb=(filled + needed * (stock.device_of(pipe).type == "cpu")) / 2**20,
         seconds_per_step=seconds * config.gradient_accumulation_steps,
+        seconds_per_picture=drawn / config.batch_size,
     )
+
+
+def looks(config: AlignConfig) -> int:
+    """How often the held-out prompts are looked at: before the training, on the way, and after the last step."""
+    evaluation = config.evaluation
+    if not evaluation.eval_prompts:
+        return 0
+    on_the_way = (config.steps - 1) // evaluation.eval_every if evaluation.eval_every else 0
+    return 2 + on_the_way
 
 
 def held_at_once(config: AlignConfig, graded: int) -> int:
