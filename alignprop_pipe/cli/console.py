@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 USUAL_WIDTH = 80
 """Columns of a terminal; in a narrower one, tables go without the blanks at their edge."""
+BESIDE, ROOM = 3, 12
+"""Columns of a terminal between two columns of a table, and those that a column of texts has at least."""
 BETWEEN_LINES = 10.0
 """Seconds without a line after which one says how far a look is, where nothing is drawn over."""
 PATIENCE_AFTER_SIGNAL = 5
@@ -91,6 +93,7 @@ class Output:
         if not self.quiet:
             made: Any = table(title, columns, rows, numbers=numbers, footers=footers)
             made.show_edge = self.console.width >= USUAL_WIDTH
+            _keep_numbers_whole(made, self.console)
             self.console.print(made)
 
     def _line(self, text: str, style: str | None = None) -> None:
@@ -137,6 +140,16 @@ def table(
     for row in rows:
         made.add_row(*map(text, row))
     return made
+
+
+def _keep_numbers_whole(made: Any, console: "Console") -> None:
+    """Where a table is too wide, texts are wrapped and numbers are not, as long as that leaves room for the texts."""
+    right = [column for column in made.columns if column.justify == "right"]
+    fixed = sum(max(console.measure(cell).maximum for cell in (c.header, *c.cells, c.footer)) for c in right)
+    others = len(made.columns) - len(right)
+    if fixed + BESIDE * (len(made.columns) - 1) + ROOM * others <= console.width:
+        for column in right:
+            column.no_wrap = True
 
 
 def _rich_console(*, stderr: bool) -> "Console":
