@@ -222,6 +222,20 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+def test_the_wheel_alone_trains(unpacked: Path, tmp_path: Path) -> None:
+    few = ["--steps", "1", "--batch-size", "2", "--eval-prompts", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "alignprop_pipe", "train", *few, "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "report.html").is_file()
+    where = subprocess.run(
+        [sys.executable, "-c", "import alignprop_pipe; print(alignprop_pipe.__file__)"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(unpacked)
+
+
 def test_the_wheel_holds_the_package_and_the_nodes_whole(unpacked: Path) -> None:
     clone = unpacked.parent / "clone"
     held = files(unpacked)

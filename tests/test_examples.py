@@ -1,9 +1,11 @@
 """Every script in examples/ runs, in a folder of its own; the bundled model's only where its files are there."""
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import miniatures
 import pytest
@@ -109,3 +111,21 @@ def test_every_objective_can_be_read() -> None:
     for objective in objectives.values():
         assert str(parse_reward(objective.reward)) == objective.reward
         assert not objective.too_far or str(parse_reward(objective.too_far)) == objective.too_far
+
+
+@needs_the_bundled_model
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNPROP_STEPS", "1")
+    few = {"batch_size": 2, "eval_prompts": 2}
+    monkeypatch.setitem(PRESETS, "emoji", {**PRESETS["emoji"], **few})
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert names["result"].steps == 1
+    assert (tmp_path / "emoji-aligned.safetensors").is_file()
+    assert (tmp_path / "runs/notebook/report.html").is_file()
