@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from alignprop_pipe.training.loop import align_steps as align_steps
     from alignprop_pipe.training.result import AlignResult as AlignResult
 
+from alignprop_pipe import moved
+
 __version__ = "0.2.0"
 
 # We name no image processor by its class, so transformers' hint to write the class otherwise is not for our users.
@@ -100,8 +102,13 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]  # a second list would go stale
 
 
+moved.install()
+
+
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
+    if home is None and name in moved.MOVED:
+        return import_module(f"{__name__}.{name}")
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(f"{__name__}.{name}") if home == __name__ else getattr(import_module(home), name)
