@@ -30,12 +30,11 @@ QUICK: dict[str, Any] = {
     "width": 16,
     "truncation": "last:1",
     "eval_prompts": 0,
-    "judges": (),
 }
 
 
 def settings(**changed: Any) -> AlignConfig:
-    return AlignConfig().replace(**{**QUICK, **changed})
+    return AlignConfig().replace(**{**QUICK, "judges": (), **changed})
 
 
 def aligned(pipe: DiffusionPipeline | None = None) -> AlignPropPipeline:
@@ -44,7 +43,7 @@ def aligned(pipe: DiffusionPipeline | None = None) -> AlignPropPipeline:
 
 def align(pipe: AlignPropPipeline, reward: Any = "brightness", prompts: Any = PROMPTS, **changed: Any) -> AlignResult:
     given = {name: changed.pop(name) for name in ("out", "on_step", "stop") if name in changed}
-    return pipe.align(reward, prompts, AlignConfig().replace(**QUICK), **given, **changed)
+    return pipe.align(reward, prompts, AlignConfig().replace(**QUICK, judges=()), **given, **changed)
 
 
 def align_until_ctrl_c(*arguments: Any, **changed: Any) -> AlignResult:

@@ -600,7 +600,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("../model", ""),
         ("model.safetensors", ""),
         ("/cache/hub/models--me--model/snapshots/0a1b", "me/model"),
-        (str(Path(export_header.__file__).parent / "models" / "emoji"), "emoji"),
+        (str(Path(export_header.__file__).parents[1] / "models" / "emoji"), "emoji"),
     ],
 )
 def test_base_model_is_a_public_id_or_nothing(model: str, public: str, local: Path) -> None:

@@ -42,7 +42,7 @@ def look(reward: float = -12.3456, judges: dict[str, float] | None = None, held_
 def run(capsys: pytest.CaptureFixture[str], **changed: Any) -> str:
     pipe = aligning.aligned()
     pipe.set_progress_bar_config(disable=False)
-    aligning.align(pipe, steps=2, eval_prompts=2, eval_batch_size=1, **changed)
+    aligning.align(pipe, steps=2, eval_prompts=2, eval_batch_size=1, **{"judges": ("auto",), **changed})
     said = capsys.readouterr()
     return said.out + said.err
 

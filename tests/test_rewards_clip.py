@@ -278,7 +278,7 @@ def test_siglip_reads_padding_and_small_letters(siglip):
     reward, images = ClipScore(siglip), torch.rand(2, 3, 28, 28)
     upper, lower = (reward(images, [text] * 2).total for text in ("Two DOGS", "two dogs"))
     assert torch.equal(upper, lower)
-    inputs = clip.text_inputs(reward.tokenizer, reward._network.config, "two dogs")
+    inputs = reward.read(reward._network.config, "two dogs")
     assert list(inputs) == ["input_ids"]
     assert inputs["input_ids"].shape == (1, 24)
     assert inputs["input_ids"][0, -1] == 0

@@ -74,7 +74,9 @@ def test_a_run_without_a_judge_gets_one_that_tells_of_a_collapse_and_is_not_foll
 
 @pytest.mark.parametrize(("lr", "collapses"), [(0.2, True), (1e-6, False)])
 def test_a_whole_configuration_without_a_judge_gets_one_that_warns_where_it_should(lr: float, collapses: bool) -> None:
-    config = aligning.settings(steps=10, lr=lr, eval_prompts=16, truncation="full", rank=4, keep_best=False)
+    config = aligning.settings(
+        steps=10, lr=lr, eval_prompts=16, truncation="full", rank=4, keep_best=False, judges=("auto",)
+    )
     result = aligning.aligned().align("brightness", [f"a fox, {n}" for n in range(24)], config)
     assert result.config.evaluation.judges[0].startswith("likeness(mean=")
     assert result.after is not None

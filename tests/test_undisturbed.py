@@ -44,7 +44,7 @@ def scorer() -> Scorer:
 # --- random numbers ---
 
 
-@pytest.mark.parametrize("reward", ["brightness", "clip", "zscore(clip) + jpeg"])
+@pytest.mark.parametrize("reward", ["brightness", 'clip(model="emoji")', 'zscore(clip(model="emoji")) + jpeg'])
 def test_a_run_touches_no_random_state_of_the_process(reward, tmp_path, unchecked):  # the type checks draw some
     pipe = aligned()
     torch.manual_seed(5)
