@@ -27,7 +27,7 @@ from alignprop_pipe.training.result import AlignResult
 
 HERE = Path(__file__).parent
 ADAPTERS = Path(tempfile.gettempdir()) / "alignprop-objectives"
-SEEDS, STEPS, HELD_OUT = (0, 1, 2), 25, 48
+SEEDS, STEPS, BATCH, HELD_OUT = (0, 1, 2), 25, 12, 48
 TOO_FAR = "-too-far"
 COLOURS = ("red", "yellow", "green", "blue", "purple", "pink", "white")
 NUMBERS = {"one": "one dog", "two": "two dogs", "three": "three dogs", "four": "four dogs"}
@@ -124,7 +124,7 @@ def trained(name: str, seed: int) -> AlignResult:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
         reward, objective.prompts, AlignConfig.preset("emoji"),
-        steps=objective.steps or STEPS, eval_prompts=objective.held_out or HELD_OUT, seed=seed,
+        steps=objective.steps or STEPS, batch_size=BATCH, eval_prompts=objective.held_out or HELD_OUT, seed=seed,
         judges=objective.watched, keep_best=False,
     )  # fmt: skip
     ADAPTERS.mkdir(exist_ok=True)
