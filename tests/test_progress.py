@@ -42,14 +42,14 @@ def look(reward: float = -12.3456, judges: dict[str, float] | None = None, held_
 def run(capsys: pytest.CaptureFixture[str], **changed: Any) -> str:
     pipe = aligning.aligned()
     pipe.set_progress_bar_config(disable=False)
-    aligning.align(pipe, steps=2, eval_prompts=2, eval_batch_size=1, **{"judges": ("auto",), **changed})
+    aligning.align(pipe, steps=2, eval_prompts=2, eval_batch_size=1, **changed)
     said = capsys.readouterr()
     return said.out + said.err
 
 
 def test_a_run_in_python_shows_where_it_is(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
-    said = run(capsys)
+    said = run(capsys, judges=("auto",))
     assert "first look 0/2" in said
     last = said.replace("\r", "\n").strip().splitlines()[-1]
     assert re.search(r"step 2/2 .*ETA 00:00  reward 0\.\d+  fresh noise 0\.\d+  likeness 0\.\d+  \d+ MB", last), last
