@@ -265,8 +265,13 @@ def copy_as_cloned(target: Path) -> Path:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if listed.returncode:  # a copy of the tree without its history, as an archive brings it
-        passed_over = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "build", "dist", "runs", "work")
-        return Path(shutil.copytree(ROOT, target, ignore=passed_over))
+        everywhere = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "work")
+        at_the_root = {"build", "dist", "runs", "site"}  # alignprop_pipe has a folder `runs` of its own
+
+        def ignored(folder: str, names: list[str]) -> set[str]:
+            return everywhere(folder, names) | (at_the_root if Path(folder) == ROOT else set())
+
+        return Path(shutil.copytree(ROOT, target, ignore=ignored))
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
