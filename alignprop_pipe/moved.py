@@ -74,7 +74,7 @@ MOVED = {
     "sampling": "diffusion.sample",
     "single_file": "diffusion.single_file",
     "states": "diffusion.refusals",
-    "stock": "diffusion.stock",
+    "stock": "diffusion.pipeline_parts",
     "stock_loading": "adapters.stock_loading",
     "strength": "adapters.strength",
     "summary": "runs.summary",

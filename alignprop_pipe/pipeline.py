@@ -26,7 +26,7 @@ from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.bundled import resolve_model
 from alignprop_pipe.config.choices import Window
 from alignprop_pipe.config.settings import AlignConfig
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.diffusion import window as windows
 from alignprop_pipe.diffusion.loading import known_types, model_source, refuse_foreign_modules
 from alignprop_pipe.diffusion.rollout import autograd_on
@@ -191,7 +191,7 @@ class AlignPropPipeline(Stock):
         LoRAs stay out, which is told. Raises AdapterError for an adapter that is fused in some components alone, or in
         spite of its window.
         """
-        beside, fused = lora.unfused_and_fused(stock.components(self))
+        beside, fused = lora.unfused_and_fused(pipeline_parts.components(self))
         if lora.ADAPTER_NAME in beside & fused:
             raise AdapterError(
                 "the adapter is fused in some components and in others not: call pipe.unfuse_lora() first, or "
@@ -211,7 +211,7 @@ class AlignPropPipeline(Stock):
                 " and ".join(map(repr, left_out)),
                 " and our adapter" if lora.ADAPTER_NAME in beside else "",
             )
-        with lora.taken_out(stock.components(self).values()):
+        with lora.taken_out(pipeline_parts.components(self).values()):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_adapter(self, path: str | Path, format: str = "both", **metadata: str) -> list[Path]:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -39,11 +39,14 @@ FORMATS = ".txt (one prompt a line), .jsonl, .csv or .tsv (with a column 'prompt
 class PromptSet:
     """Prompts and what is known about them: `targets` maps a column name to one value per prompt.
 
+    `source` is the file or the named set that they were read from, as it was given; empty for a list.
+
     Raises PromptError for a prompt that is blank or no text, and for a column of another length.
     """
 
     prompts: tuple[str, ...]
     targets: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    source: str = field(default="", compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_prompts(self.prompts)
@@ -73,7 +76,7 @@ class PromptSet:
         elif isinstance(source, str) and source in named_sets():
             loaded = named_sets()[source]
         elif isinstance(source, str | os.PathLike):
-            loaded = _from_file(os.fspath(source))
+            loaded = replace(_from_file(os.fspath(source)), source=os.fspath(source))
         else:
             raise PromptError(
                 f"prompts are given as {type(source).__name__}; a list of texts is needed, or a file "
@@ -157,7 +160,8 @@ class Split(NamedTuple):
 @cache
 def named_sets() -> Mapping[str, PromptSet]:
     """The prompt sets that ship inside, by name: every file in `prompt_sets/`."""
-    return MappingProxyType({path.stem: _read(path) for path in sorted(SETS_DIR.glob("*.*")) if path.suffix in READERS})
+    files = [path for path in sorted(SETS_DIR.glob("*.*")) if path.suffix in READERS]
+    return MappingProxyType({path.stem: replace(_read(path), source=path.stem) for path in files})
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.nn.functional import mse_loss
 
 from alignprop_pipe import AlignConfig, AlignPropPipeline, Evidence, PromptSet, evaluate, parse_reward
 from alignprop_pipe.bundled import REWARD
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "bundled_model"))
 import render
@@ -47,12 +47,12 @@ def plain(seed: int, seconds: float, wrong: float) -> None:
     judge, reward = parse_reward(JUDGE), parse_reward(REWARD)
     held_out = PromptSet.load("emoji").split(config.evaluation.eval_prompts, seed)[1]
     before = evaluate(pipe, reward, [judge], held_out, config, 0)
-    denoisers = stock.denoisers(pipe)
+    denoisers = pipeline_parts.denoisers(pipe)
     lora.attach(denoisers, config.lora, seed)
     parameters = lora.trainable(denoisers)
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
     began, step = time.monotonic(), 0
-    with stock.frozen_for_training(pipe, parameters):
+    with patching.frozen_for_training(pipe, parameters):
         while (elapsed := time.monotonic() - began) < seconds:
             optimizer.param_groups[0]["lr"] = config.optimizer.lr * (1 + math.cos(math.pi * elapsed / seconds)) / 2
             denoising_loss(pipe, seed, step, wrong).backward()

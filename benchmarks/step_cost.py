@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from alignprop_pipe import AlignConfig, AlignPropPipeline, FullBackprop, LastK, PromptSet
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.diffusion.rollout import autograd_on, rollout
 from alignprop_pipe.records import PromptBatch
 from alignprop_pipe.seeds import generator_for
@@ -44,12 +44,12 @@ def training_step(pipe: AlignPropPipeline, batch: PromptBatch, config: AlignConf
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    parameters = lora.trainable(stock.denoisers(pipe))
-    with stock.frozen_for_training(pipe, parameters), autograd_on():
+    parameters = lora.trainable(pipeline_parts.denoisers(pipe))
+    with patching.frozen_for_training(pipe, parameters), autograd_on():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             made = rollout(pipe, batch, config, noise(), generator_for("truncation", 0))
         made.images.mean().backward()
-    weights = {p.untyped_storage().data_ptr() for part in stock.components(pipe).values() for p in part.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in pipeline_parts.parameters(pipe)}
     return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
@@ -58,8 +58,8 @@ def denoiser_calls(pipe: AlignPropPipeline, forward: int, graded: int) -> None:
     unet, size = pipe.unet, pipe.unet.config.sample_size
     latents = torch.randn(2 * BATCH, unet.config.in_channels, size, size)
     words = torch.randn(2 * BATCH, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim)
-    parameters = lora.trainable(stock.denoisers(pipe))
-    with stock.frozen_for_training(pipe, parameters):
+    parameters = lora.trainable(pipeline_parts.denoisers(pipe))
+    with patching.frozen_for_training(pipe, parameters):
         with torch.no_grad():
             for _ in range(forward):
                 unet(latents, 500, words)
@@ -72,7 +72,7 @@ def main() -> None:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     batch = PromptSet.load("emoji").batch(0, 0, BATCH)
     base = AlignConfig.preset("emoji")
-    lora.attach(stock.denoisers(pipe), base.lora, 0)
+    lora.attach(pipeline_parts.denoisers(pipe), base.lora, 0)
     print(f"{'T':>3} {'K':>3} {'recompute':>9} {'step s':>7} {'calls s':>7} {'ratio':>6} {'kept MB':>8}")
     for steps, k in ((10, 1), (10, 5), (10, 10), (20, 10), (40, 10), (40, 40)):
         for recompute in ("all", "none"):

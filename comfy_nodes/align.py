@@ -73,9 +73,11 @@ class Align(io.ComfyNode):
                     run.progress.pass_on_stop()
                     raise
                 finally:
-                    from alignprop_pipe.diffusion import lora, stock
+                    from alignprop_pipe.diffusion import lora, pipeline_parts
 
-                    lora.detach(stock.denoisers(pipe))  # the adapter goes its own way; the pipe is the base model's
+                    lora.detach(
+                        pipeline_parts.denoisers(pipe)
+                    )  # the adapter goes its own way; the pipe is the base model's
             if result.interrupted or run.progress.stopped:
                 keep_stopped(result)
                 run.progress.pass_on_stop()

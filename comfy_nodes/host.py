@@ -92,12 +92,12 @@ def working() -> Iterator[None]:
 @contextmanager
 def on_device(pipe: Any, *others: Any) -> Iterator[torch.device]:
     """A pipeline on ComfyUI's device, whose own models give way; afterwards it waits in main memory."""
-    from alignprop_pipe.diffusion import stock
+    from alignprop_pipe.diffusion import pipeline_parts
 
     device = memory.get_torch_device()
     memory.unload_all_models()
     memory.soft_empty_cache()
-    networks = list(stock.components(pipe).values())
+    networks = list(pipeline_parts.components(pipe).values())
     try:
         for network in networks:
             network.to(device)
@@ -174,7 +174,7 @@ class Progress:
 @contextmanager
 def counted_calls(pipe: Any, progress: Progress) -> Iterator[None]:
     """Counts every denoiser call but those that are made again for the gradient; a stop ends the gradient too."""
-    from alignprop_pipe.diffusion import stock
+    from alignprop_pipe.diffusion import pipeline_parts
 
     def stop(*_: Any) -> None:
         progress.stop_here()
@@ -191,7 +191,7 @@ def counted_calls(pipe: Any, progress: Progress) -> Iterator[None]:
                 value.register_hook(stop)
 
     with ExitStack() as stack:
-        for denoiser in stock.denoisers(pipe).values():
+        for denoiser in pipeline_parts.denoisers(pipe).values():
             stack.callback(denoiser.register_forward_pre_hook(before).remove)
             stack.callback(denoiser.register_forward_hook(after).remove)
         yield

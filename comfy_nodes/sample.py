@@ -42,7 +42,7 @@ class Sample(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         import torch
 
-        from alignprop_pipe.diffusion import lora, stock
+        from alignprop_pipe.diffusion import lora, pipeline_parts
         from alignprop_pipe.diffusion.sample import sample_pictures
 
         chosen = [prompts.prompts[place] for place in range(min(first, len(prompts)))]
@@ -60,7 +60,7 @@ class Sample(io.ComfyNode):
                 progress.pass_on_stop()
                 raise
             finally:
-                lora.detach(stock.denoisers(pipe))
+                lora.detach(pipeline_parts.denoisers(pipe))
             return io.NodeOutput(torch.cat([picture_tensor(one.image) for one in drawn]))
 
 

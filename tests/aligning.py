@@ -13,7 +13,7 @@ from torch import Tensor
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.cli.console import stop_on_interrupt
 from alignprop_pipe.config.settings import AlignConfig
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.training.result import AlignResult
 
 PROMPTS = ["a red dog", "two cats", "three birds on the snow", "a boat", "one house", "a fish"]
@@ -60,7 +60,7 @@ def pictures(pipe: DiffusionPipeline, **changed: Any) -> Tensor:
 
 def adapter(pipe: DiffusionPipeline) -> list[Tensor]:
     """A copy of the adapter's weights; an empty list where there is none."""
-    return lora.snapshot(stock.denoisers(pipe))
+    return lora.snapshot(pipeline_parts.denoisers(pipe))
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -69,7 +69,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 def is_stock(pipe: DiffusionPipeline) -> bool:
     """Whether there is no PEFT layer left anywhere."""
-    parts = stock.components(pipe).values()
+    parts = pipeline_parts.components(pipe).values()
     layers = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
     return not layers and not any(getattr(part, "_hf_peft_config_loaded", False) for part in parts)
 
@@ -84,10 +84,10 @@ def state(pipe: DiffusionPipeline) -> dict[Any, Any]:
     found: dict[Any, Any] = {
         "config": dict(pipe.config),
         "progress": copy.deepcopy(vars(pipe).get("_progress_bar_config", "absent")),
-        "guards": [id(getattr(pipe, name, None)) for name in stock.GUARDS],
-        "scheduler": {key for key, value in vars(stock.scheduler(pipe)).items() if inspect.isroutine(value)},
+        "guards": [id(getattr(pipe, name, None)) for name in patching.GUARDS],
+        "scheduler": {key for key, value in vars(pipeline_parts.scheduler(pipe)).items() if inspect.isroutine(value)},
     }
-    for name, part in stock.components(pipe).items():
+    for name, part in pipeline_parts.components(pipe).items():
         found[name, "own"] = {key: id(value) for key, value in vars(part).items() if inspect.isroutine(value)}
         for path, module in part.named_modules():
             hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)

@@ -14,7 +14,7 @@ from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.adapters.factors import Factors
 from alignprop_pipe.adapters.header import base_of
 from alignprop_pipe.diffusion.lora import attention_linears
-from alignprop_pipe.diffusion.stock import denoisers
+from alignprop_pipe.diffusion.pipeline_parts import denoisers
 
 
 def factors_for(layer: Any, rank: int, alpha: float, generator: torch.Generator, size: float = 0.3) -> Factors:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignprop_pipe.config.choices import Target
 from alignprop_pipe.config.settings import AlignConfig
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.diffusion.rollout import autograd_on
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardShapeError, TrainingDiverged
 from alignprop_pipe.prompts import PromptSet
@@ -108,13 +108,13 @@ def accumulated(batch_size: int, batches: int) -> tuple[list[Tensor], float]:
     )
     pipe = miniatures.sd15()
     with autograd_on():
-        training = start(pipe, Brightness(), PromptSet.load(PROMPTS), config, {})
+        training = start(pipe, Brightness(), [], PromptSet.load(PROMPTS), config, {})
         pipe.to(torch.float64)
         generator = torch.Generator().manual_seed(11)
         for weight in training.parameters:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         whole = training.prompts.train.batch(config.seed, 0, 4)
-        with stock.frozen_for_training(pipe, training.parameters):
+        with patching.frozen_for_training(pipe, training.parameters):
             loss = sum(accumulate(training, 1, first, whole)[0] for first in range(0, 4, batch_size))
     return [weight.grad for weight in training.parameters if weight.grad is not None], loss
 
@@ -173,7 +173,7 @@ def rate(schedule: str, warmup: int, steps: int, step: int) -> float:
 def test_the_learning_rate_rises_and_falls_and_every_step_moves(schedule: str, warmup: int) -> None:
     config = settings(steps=5, lr=0.01, lr_scheduler=schedule, warmup_steps=warmup, num_inference_steps=1)
     with autograd_on():
-        training = start(aligned(), Brightness(), PromptSet.load(PROMPTS), config, {})
+        training = start(aligned(), Brightness(), [], PromptSet.load(PROMPTS), config, {})
         rates = []
         for step in range(1, 6):
             before = lora.snapshot(training.denoisers)
@@ -188,7 +188,7 @@ def test_the_learning_rate_rises_and_falls_and_every_step_moves(schedule: str, w
 def test_a_warmup_that_is_longer_than_the_run_only_rises() -> None:
     config = settings(steps=2, lr=0.01, warmup_steps=10)
     with autograd_on():
-        training = start(aligned(), Brightness(), PromptSet.load(PROMPTS), config, {})
+        training = start(aligned(), Brightness(), [], PromptSet.load(PROMPTS), config, {})
         rates = []
         for step in (1, 2):
             rates.append(training.optimizer.param_groups[0]["lr"])
@@ -332,8 +332,8 @@ def test_everything_is_left_as_it_was_after_success() -> None:
     before = state(pipe)
     align(pipe, eval_prompts=2, distance_weight=0.1)
     assert state(pipe) == before
-    assert not any(weight.requires_grad for weight in lora.trainable(stock.denoisers(pipe)))
-    assert all(weight.grad is None for weight in lora.trainable(stock.denoisers(pipe)))
+    assert not any(weight.requires_grad for weight in lora.trainable(pipeline_parts.denoisers(pipe)))
+    assert all(weight.grad is None for weight in lora.trainable(pipeline_parts.denoisers(pipe)))
 
 
 def test_the_adapter_is_in_eval_mode_with_its_denoiser() -> None:
@@ -420,7 +420,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_what_was_learned() -> None:
     assert [record.step for record in result.history] == [0, 1]
     assert same(adapter(pipe), seen[-1])
     assert state(pipe) == before
-    assert all(weight.grad is None for weight in lora.trainable(stock.denoisers(pipe)))
+    assert all(weight.grad is None for weight in lora.trainable(pipeline_parts.denoisers(pipe)))
 
 
 def test_a_handler_of_the_program_is_kept() -> None:

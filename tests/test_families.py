@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alignprop_pipe.config.settings import AlignConfig, LoraOptions
 from alignprop_pipe.config.truncation import LastK
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.records import PromptBatch, Rollout
 
@@ -29,9 +29,9 @@ EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 def adapted(family: Family, dtype: torch.dtype = torch.float64) -> tuple[Any, list[nn.Parameter]]:
     """A pipeline whose adapter is already in use: its up-projections are no longer zero."""
     pipe = family.make()
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
     pipe.to(dtype)
-    weights = lora.trainable(stock.denoisers(pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(pipe))
     generator = torch.Generator().manual_seed(11)
     for weight in weights:
         weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
@@ -78,7 +78,7 @@ def test_pictures_equal_the_stock_call(name, checkpointing):
 def test_gradient_equals_an_uncheckpointed_chain_and_the_slope(name):
     pipe, weights = adapted(FAMILIES[name])
     with double_inside():
-        chain = Chain(pipe, next(iter(stock.denoisers(pipe).values())), arguments(name), weights)
+        chain = Chain(pipe, next(iter(pipeline_parts.denoisers(pipe).values())), arguments(name), weights)
         assert chain.num_steps == 3
         for k in (1, 2, 3):
             got = gradient(chain, roll(name, pipe, truncation=LastK(k)))
@@ -92,7 +92,7 @@ def test_gradient_equals_an_uncheckpointed_chain_and_the_slope(name):
 def test_gradient_as_the_parts_compute_it(name):
     """With the float32 casts of schedulers and norms in place: still what the uncheckpointed chain gives."""
     pipe, weights = adapted(FAMILIES[name])
-    chain = Chain(pipe, next(iter(stock.denoisers(pipe).values())), arguments(name), weights)
+    chain = Chain(pipe, next(iter(pipeline_parts.denoisers(pipe).values())), arguments(name), weights)
     got = gradient(chain, roll(name, pipe, truncation="last:2"))
     assert by_hand.relative_difference(got, chain.gradient(2)) < 1e-10
 
@@ -101,7 +101,7 @@ def test_gradient_as_the_parts_compute_it(name):
 def test_no_gradient_reaches_a_denoiser_call_before_the_cut(name):
     """Each call gets its own zero added to its latents; only graded calls' zeros are felt, recomputed or not."""
     pipe, weights = adapted(FAMILIES[name])
-    denoiser = next(iter(stock.denoisers(pipe).values()))
+    denoiser = next(iter(pipeline_parts.denoisers(pipe).values()))
     zeros: list[Tensor] = []
 
     def probe(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -124,7 +124,7 @@ def test_no_gradient_reaches_a_denoiser_call_before_the_cut(name):
 def test_adapter_gradient_is_zero_before_the_cut(name):
     """Zeros added behind every up-projection, one for each denoiser call: only those of graded calls get a gradient."""
     pipe, _ = adapted(FAMILIES[name])
-    denoiser = next(iter(stock.denoisers(pipe).values()))
+    denoiser = next(iter(pipeline_parts.denoisers(pipe).values()))
     probes: list[list[Tensor]] = []
 
     def new_call(*_: object) -> None:
@@ -160,7 +160,7 @@ def test_a_control_network_keeps_no_activations():
     At the first graded step nothing that it sees carries gradient, so it need not be recomputed there.
     """
     pipe, _ = adapted(FAMILIES["sd15_controlnet"])
-    assert list(stock.denoisers(pipe)) == ["unet"]
+    assert list(pipeline_parts.denoisers(pipe)) == ["unet"]
     graphs: list[bool] = []
     handle = pipe.controlnet.conv_in.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     with by_hand.hooked(handle):

@@ -9,7 +9,7 @@ import torch
 from aligning import adapter, align, aligned, pictures, same, settings, state
 
 from alignprop_pipe.config.truncation import Truncation, truncation_from_text
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.seeds import generator_for
 from alignprop_pipe.training.forecast import Forecast, Probe, forecast, held_at_once, looks, scaled
@@ -46,7 +46,7 @@ def test_denoiser_calls_and_seconds_by_hand(changed: dict[str, Any], calls: floa
 
 def test_memory_by_hand() -> None:
     pipe = miniatures.sd15()
-    weights = 4 * sum(weight.numel() for part in stock.components(pipe).values() for weight in part.parameters())
+    weights = 4 * sum(weight.numel() for weight in pipeline_parts.parameters(pipe))
     fixed = weights / MB + 16 * 1000 / MB + 10
     for changed, held in (
         ({"truncation": "full"}, 1),
@@ -103,9 +103,9 @@ def test_it_measures_a_real_pipeline_and_leaves_it_as_it_was() -> None:
     assert adapter(pipe) == []
     assert got.denoiser_calls_per_step == 6
     assert 0 < got.seconds_per_step < 600
-    lora.attach(stock.denoisers(pipe), config.lora, 0)
+    lora.attach(pipeline_parts.denoisers(pipe), config.lora, 0)
     assert got.trainable_parameters == sum(weight.numel() for weight in adapter(pipe))
-    weights = 4 * sum(weight.numel() for part in stock.components(pipe).values() for weight in part.parameters())
+    weights = 4 * sum(weight.numel() for weight in pipeline_parts.parameters(pipe))
     assert got.memory_mb > weights / MB
     assert got.process_mb >= 0.9 * rss
     # Twice the pictures keep about twice the activations, and those of one graded step are a small part of those of 6.

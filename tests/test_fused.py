@@ -21,7 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from alignprop_pipe import Adapter, AlignPropPipeline
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.errors import AdapterError, PipelineError
 
 OURS, STYLE = lora.ADAPTER_NAME, "style"
@@ -106,7 +106,7 @@ class Sum:
         return cls(
             {
                 (component, path): Layer(layer.weight.detach().clone())
-                for component, part in stock.components(pipe).items()
+                for component, part in pipeline_parts.components(pipe).items()
                 for path, layer in part.named_modules()
                 if isinstance(layer, torch.nn.Linear)
             }

@@ -11,21 +11,21 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from alignprop_pipe.config.settings import LoraOptions
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.errors import PipelineError
 
 SMALL = LoraOptions(rank=2)
 
 
 def attached(pipe: Any, options: LoraOptions = SMALL, seed: int = 0) -> Any:
-    lora.attach(stock.denoisers(pipe), options, seed)
+    lora.attach(pipeline_parts.denoisers(pipe), options, seed)
     return pipe
 
 
 def in_use(pipe: Any) -> Any:
     """With an up-projection that is no longer zero."""
     generator = torch.Generator().manual_seed(1)
-    for weight in lora.trainable(stock.denoisers(attached(pipe))):
+    for weight in lora.trainable(pipeline_parts.denoisers(attached(pipe))):
         weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     return pipe
 
@@ -33,7 +33,7 @@ def in_use(pipe: Any) -> Any:
 @pytest.mark.parametrize("name", miniatures.FAMILIES)
 def test_every_linear_layer_of_every_attention_is_found(name: str) -> None:
     pipe = miniatures.FAMILIES[name].make()
-    (denoiser,) = stock.denoisers(pipe).values()
+    (denoiser,) = pipeline_parts.denoisers(pipe).values()
     found = lora.attention_linears(denoiser)
     assert len(set(found)) == len(found) >= 8
     assert all(isinstance(denoiser.get_submodule(path), nn.Linear) for path in found)
@@ -48,7 +48,7 @@ def test_a_new_adapter_changes_no_picture_and_has_its_size() -> None:
     wanted, before = pictures(pipe), state(pipe)
     linears = [pipe.unet.get_submodule(path) for path in lora.attention_linears(pipe.unet)]
     attached(pipe, LoraOptions(rank=3))
-    weights = lora.trainable(stock.denoisers(pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(pipe))
     assert sum(weight.numel() for weight in weights) == sum(3 * (a.in_features + a.out_features) for a in linears)
     assert torch.equal(pictures(pipe), wanted)
     assert state(pipe) == before
@@ -110,16 +110,16 @@ def test_detach_gives_the_stock_denoiser_back() -> None:
     wanted, before = pictures(pipe), state(pipe)
     in_use(pipe)
     assert not torch.equal(pictures(pipe), wanted)
-    lora.detach(stock.denoisers(pipe))
+    lora.detach(pipeline_parts.denoisers(pipe))
     assert is_stock(pipe)
     assert state(pipe) == before
     assert torch.equal(pictures(pipe), wanted)
-    lora.detach(stock.denoisers(pipe))  # once more is no mistake
+    lora.detach(pipeline_parts.denoisers(pipe))  # once more is no mistake
 
 
 def test_snapshot_and_restore() -> None:
     pipe = in_use(miniatures.sd15())
-    denoisers = stock.denoisers(pipe)
+    denoisers = pipeline_parts.denoisers(pipe)
     kept = lora.snapshot(denoisers)
     for weight in lora.trainable(denoisers):
         weight.data.add_(1)
@@ -156,7 +156,7 @@ def test_taken_out_gives_the_stock_network_while_it_lasts() -> None:
         assert is_stock(pipe)
         assert torch.equal(pictures(pipe), base)
         attached(pipe)  # another adapter of the same name has room
-        lora.detach(stock.denoisers(pipe))
+        lora.detach(pipeline_parts.denoisers(pipe))
         raise KeyError
     assert list(pipe.unet.state_dict()) == names
     assert pipe.unet.active_adapters() == ["style", lora.ADAPTER_NAME]
@@ -166,9 +166,9 @@ def test_taken_out_gives_the_stock_network_while_it_lasts() -> None:
 
 def test_the_adapter_alone_gets_gradient_where_it_is_asked_for() -> None:
     pipe = in_use(miniatures.sd15())
-    weights = lora.trainable(stock.denoisers(pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(pipe))
     sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with stock.frozen_for_training(pipe, weights):
+    with patching.frozen_for_training(pipe, weights):
         pipe.unet(sample, 10, torch.randn(1, 3, miniatures.WIDTH))[0].square().sum().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in weights)
     ours = {id(weight) for weight in weights}

@@ -39,7 +39,7 @@ from alignprop_pipe.adapters import apply
 from alignprop_pipe.adapters.factors import Factors
 from alignprop_pipe.bundled import MODELS_DIR
 from alignprop_pipe.config.settings import PRESETS, AlignConfig, LoraOptions
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.diffusion.loading import known_types
 from alignprop_pipe.errors import (
     AdapterError,
@@ -283,7 +283,7 @@ def test_an_aligned_pipeline_is_saved_as_its_base_and_a_lora(tmp_path: Path) -> 
     torch.testing.assert_close(pictures(opened), trained, rtol=0, atol=1e-5)
     align(pipe)  # and it trains on
     pipe.save_pretrained(tmp_path / "without")
-    lora.detach(stock.denoisers(pipe))
+    lora.detach(pipeline_parts.denoisers(pipe))
     pipe.save_pretrained(tmp_path / "without")
     assert not any(file.name.startswith("pytorch_lora") for file in (tmp_path / "without").glob("unet/*"))
 
@@ -602,7 +602,7 @@ def test_the_lora_of_a_user_stays_active(how: str) -> None:
     now = dict(pipe.unet.named_parameters())
     assert all(torch.equal(weight, now[name]) for name, weight in style.items())
     assert not any(now[name].requires_grad for name in style)
-    lora.detach(stock.denoisers(pipe))
+    lora.detach(pipeline_parts.denoisers(pipe))
     assert torch.equal(pictures(pipe), drawn)
 
 
@@ -764,7 +764,7 @@ def test_wrong_judges_are_told_with_the_other_mistakes(where: str) -> None:
 
 def test_steps_that_have_become_slow_are_told_once(caplog) -> None:
     pipe, prompts, config = aligned(), PromptSet(tuple(PROMPTS)), aligning.settings(steps=5)
-    session = Session(pipe, start(pipe, as_reward("brightness"), prompts, config, {}), prompts)
+    session = Session(pipe, start(pipe, as_reward("brightness"), [], prompts, config, {}), prompts)
     record = align(aligned(), steps=1).history[-1]
     for step, seconds in enumerate((0.5, 0.6, 4.9, 6.0, 70.0), start=1):
         session.remember(replace(record, step=step, seconds=seconds))

@@ -23,7 +23,7 @@ from miniatures import make_scheduler
 from torch import Tensor, nn
 
 from alignprop_pipe.config.settings import AlignConfig, LoraOptions
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
@@ -45,10 +45,10 @@ STEPS = 4
 def adapted(pipe: DiffusionPipeline, dtype: torch.dtype = torch.float64, size: float = 0.3) -> list[nn.Parameter]:
     """Put an adapter that is already in use on `pipe` and return its weights."""
     pipe.to(dtype)
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
     if dtype == torch.float64:
         pipe.to(dtype)
-    weights = lora.trainable(stock.denoisers(pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(pipe))
     generator = torch.Generator().manual_seed(11)
     for weight in weights:
         weight.data.copy_(size * torch.randn(weight.shape, generator=generator))
@@ -387,7 +387,7 @@ def test_half_precision_base_with_float32_adapter(make, dtype):
     weights = adapted(pipe, dtype, size=0.1)
     assert {weight.dtype for weight in weights} == {torch.float32}
     wanted = by_hand.stock_pictures(pipe, {k: v for k, v in arguments().items() if k != "eta"})
-    with stock.frozen_for_training(pipe, weights):
+    with patching.frozen_for_training(pipe, weights):
         result = roll(pipe, truncation="full")
         assert (result.images.detach().float() - wanted.float()).abs().max() < 2e-2  # one rounding of half precision
         grads = gradient(result.images, weights)
@@ -417,7 +417,7 @@ def test_half_precision_pictures_equal_the_stock_call(dtype):
 def test_half_precision_img2img_encodes_its_picture():
     pipe = miniatures.sd15_img2img()
     weights = adapted(pipe, torch.float16, size=0.1)
-    with stock.frozen_for_training(pipe, weights):
+    with patching.frozen_for_training(pipe, weights):
         result = roll(pipe, extra=miniatures.FAMILIES["sd15_img2img"].call(2), num_inference_steps=5)
         assert all(part.isfinite().all() for part in gradient(result.images, weights))
 
@@ -515,7 +515,7 @@ def bytes_kept(pipe: DiffusionPipeline, **settings: Any) -> int:
     """Bytes of distinct storages that autograd keeps for the backward pass, the models' own weights left out."""
     own = {
         parameter.untyped_storage().data_ptr()
-        for part in stock.components(pipe).values()
+        for part in pipeline_parts.components(pipe).values()
         for parameter in part.parameters()
     }
     kept: dict[int, int] = {}
@@ -588,7 +588,7 @@ def test_distance_is_the_mean_squared_change_of_the_prediction():
 
 def test_distance_is_zero_for_a_new_adapter():
     pipe = miniatures.sd15()
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
     distance = roll(pipe, distance_weight=1.0).distance
     assert distance is not None
     assert distance.item() == 0.0
@@ -613,7 +613,7 @@ def state(pipe: DiffusionPipeline) -> dict:
         "progress": copy.deepcopy(getattr(pipe, "_progress_bar_config", None)),
         "grad": torch.is_grad_enabled(),
     }
-    for name, part in stock.components(pipe).items():
+    for name, part in pipeline_parts.components(pipe).items():
         found[name, "own"] = {key: id(value) for key, value in vars(part).items() if callable(value)}
         for path, module in part.named_modules():
             hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
@@ -673,7 +673,7 @@ def test_the_base_model_gets_no_gradient():
     pipe, weights = sd15(dtype=torch.float32)
     roll(pipe).images.sum().backward()
     trained = {id(weight) for weight in weights}
-    for part in stock.components(pipe).values():
+    for part in pipeline_parts.components(pipe).values():
         assert all(weight.grad is None for weight in part.parameters() if id(weight) not in trained)
     assert all(weight.grad is not None for weight in weights)
 
@@ -693,7 +693,7 @@ def test_the_same_generators_give_the_same_pictures():
 def test_pictures_that_come_as_the_network_made_them_are_brought_to_0_and_1(name, extra):
     """One denoises pixels, the other calls two pipelines; both hand out [-1, 1] for "pt" and [0, 1] for NumPy."""
     pipe = getattr(miniatures, name)()
-    assert list(stock.denoisers(pipe)) == ["unet"]
+    assert list(pipeline_parts.denoisers(pipe)) == ["unet"]
     weights = adapted(pipe, torch.float32, size=0.1)
     given = {"prompt": PROMPTS, "num_inference_steps": STEPS, "guidance_scale": 2.0, "height": 16, "width": 16, **extra}
     wanted = torch.from_numpy(pipe(**given, generator=by_hand.generators(), output_type="np").images)
@@ -718,9 +718,9 @@ def test_a_pipeline_that_starts_later_and_does_not_say_so():
 def test_a_pipeline_in_a_pipeline_is_left_as_it_was():
     pipe = miniatures.prior_and_decoder()
     adapted(pipe, torch.float32)
-    before = [(vars(part).get("_progress_bar_config"), type(part)) for part in stock.inner(pipe)]
+    before = [(vars(part).get("_progress_bar_config"), type(part)) for part in pipeline_parts.inner(pipe)]
     roll(pipe, extra={"prior_num_inference_steps": 2})
-    assert [(vars(part).get("_progress_bar_config"), type(part)) for part in stock.inner(pipe)] == before
+    assert [(vars(part).get("_progress_bar_config"), type(part)) for part in pipeline_parts.inner(pipe)] == before
 
 
 def test_processors_that_a_call_puts_in_are_taken_out_again():

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from alignprop_pipe import Adapter, AlignPropPipeline, inspect_adapter
 from alignprop_pipe.config.settings import AlignConfig, LoraOptions
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import AdapterError, PipelineError
 from alignprop_pipe.records import PromptBatch
@@ -48,7 +48,7 @@ FUSABLE = {name: miniatures.FAMILIES[name] for name in ("sd15", "sdxl", "sd3", "
 @pytest.mark.parametrize("name", FUSABLE)
 def test_fused_projections_are_refused_and_leave_no_layers_behind(name: str) -> None:
     pipe: Any = aligned(FUSABLE[name].make())
-    ((component, denoiser),) = stock.denoisers(pipe).items()
+    ((component, denoiser),) = pipeline_parts.denoisers(pipe).items()
     names = lora.attention_linears(denoiser)
     denoiser.fuse_qkv_projections()  # pyright: ignore[reportCallIssue]
     words = rf"{component}.*fuse_qkv.*{component}\.unfuse_qkv_projections\(\) first"
@@ -180,9 +180,9 @@ EXACT = [
 
 def in_use(pipe: AlignPropPipeline) -> list[nn.Parameter]:
     """An adapter with an up matrix that is not zero; its weights."""
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
     generator = torch.Generator().manual_seed(11)
-    weights = lora.trainable(stock.denoisers(pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(pipe))
     for weight in weights:
         weight.data = 0.3 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
     return weights
@@ -205,7 +205,7 @@ def test_pictures_and_gradient_are_those_of_the_undecorated_call(make: Any, name
     size = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 16, "width": 16}
     call: Any = inspect.unwrap(type(pipe).__call__)
     drawn = by_hand.stock_pictures(pipe, {"prompt": by_hand.PROMPTS, **size, **extra})
-    with stock.frozen_for_training(pipe, weights):
+    with patching.frozen_for_training(pipe, weights):
         given = {"prompt": by_hand.PROMPTS, "generator": by_hand.generators(), "output_type": "pt", **size, **extra}
         wanted = gradient(call(pipe, **given)[0], weights)
         config = AlignConfig().replace(truncation="full", **size)
@@ -215,7 +215,7 @@ def test_pictures_and_gradient_are_those_of_the_undecorated_call(make: Any, name
     torch.testing.assert_close(made.images.detach(), drawn, rtol=0, atol=1e-6 if "compiled" in name else 0)
     assert by_hand.relative_difference(got, wanted) < 1e-5
     assert state(pipe) == before
-    lora.detach(stock.denoisers(pipe))
+    lora.detach(pipeline_parts.denoisers(pipe))
     assert state(pipe) == before
     if make is miniatures.sd15 and name != "IP-Adapter":
         align(pipe)
@@ -305,16 +305,16 @@ def test_other_states_are_refused_before_anything_is_drawn(make: Any, name: str,
     pipe = aligned(make())
     prepare(pipe)
     calls: list[object] = []
-    for part in stock.components(pipe).values():
+    for part in pipeline_parts.components(pipe).values():
         part.register_forward_pre_hook(lambda *_: calls.append(1))
-    own = [dict(vars(part)) for part in stock.components(pipe).values()]
+    own = [dict(vars(part)) for part in pipeline_parts.components(pipe).values()]
     with pytest.raises(PipelineError, match=words):
         align(pipe, "zscore(brightness)")
     with pytest.raises(PipelineError, match=words):
         forecast(pipe, AlignConfig())
     assert calls == []
-    assert lora.held(stock.components(pipe).values()) == ""
-    for part, kept in zip(stock.components(pipe).values(), own, strict=True):
+    assert lora.held(pipeline_parts.components(pipe).values()) == ""
+    for part, kept in zip(pipeline_parts.components(pipe).values(), own, strict=True):
         assert vars(part).keys() == kept.keys()
 
 

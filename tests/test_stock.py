@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from alignprop_pipe.config.settings import SamplingOptions
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import patching, pipeline_call, pipeline_parts
 from alignprop_pipe.errors import PipelineError
 
 NETWORKS = {
@@ -35,26 +35,26 @@ NETWORKS = {
 def test_denoiser_decoder_and_scheduler_are_found(name: str) -> None:
     pipe = miniatures.FAMILIES[name].make()
     denoiser, decoder = NETWORKS[name]
-    assert stock.denoisers(pipe) == {denoiser: getattr(pipe, denoiser)}
-    assert type(stock.decoder(pipe)) is decoder
-    assert stock.decoder(pipe) is pipe.vae
-    assert stock.scheduler(pipe) is pipe.scheduler
-    assert {"text_encoder", "vae", denoiser} <= set(stock.components(pipe))
-    assert not {"scheduler", "tokenizer"} & set(stock.components(pipe))
+    assert pipeline_parts.denoisers(pipe) == {denoiser: getattr(pipe, denoiser)}
+    assert type(pipeline_parts.decoder(pipe)) is decoder
+    assert pipeline_parts.decoder(pipe) is pipe.vae
+    assert pipeline_parts.scheduler(pipe) is pipe.scheduler
+    assert {"text_encoder", "vae", denoiser} <= set(pipeline_parts.components(pipe))
+    assert not {"scheduler", "tokenizer"} & set(pipeline_parts.components(pipe))
 
 
 def test_two_denoisers_are_found() -> None:
     pipe = miniatures.wan()
     second = miniatures.wan(seed=1).transformer
     pipe.register_modules(transformer_2=second)
-    assert stock.denoisers(pipe) == {"transformer": pipe.transformer, "transformer_2": second}
+    assert pipeline_parts.denoisers(pipe) == {"transformer": pipe.transformer, "transformer_2": second}
 
 
 def test_a_pipeline_without_a_scheduler() -> None:
     pipe = miniatures.sd15()
     pipe.scheduler = None
     with pytest.raises(PipelineError, match=r"no scheduler.*set pipe\.scheduler first"):
-        stock.scheduler(pipe)
+        pipeline_parts.scheduler(pipe)
 
 
 # --- arguments of the call --------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_a_pipeline_without_a_scheduler() -> None:
 
 def arguments(pipe: DiffusionPipeline, extra: Any = None, **changed: Any) -> dict[str, Any]:
     generators = [torch.Generator(), torch.Generator()]
-    return stock.call_arguments(pipe, PROMPTS[:2], SamplingOptions(**changed), generators, extra)
+    return pipeline_call.call_arguments(pipe, PROMPTS[:2], SamplingOptions(**changed), generators, extra)
 
 
 def test_arguments_are_those_that_the_call_takes() -> None:
@@ -111,7 +111,7 @@ def test_a_pipeline_that_takes_no_prompt() -> None:
 
 @pytest.mark.parametrize(("dtype", "half"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_loss_scaling_is_for_float16_alone(dtype: torch.dtype, half: bool) -> None:
-    assert stock.is_half(miniatures.sd15().to(dtype)) is half
+    assert pipeline_parts.is_half(miniatures.sd15().to(dtype)) is half
 
 
 # --- the state that training needs ---
@@ -125,8 +125,8 @@ def test_frozen_for_training(breaks: bool) -> None:
     before = state(pipe)
     chosen = [pipe.unet.conv_in.weight]
     try:
-        with stock.frozen_for_training(pipe, chosen):
-            networks = stock.components(pipe).values()
+        with patching.frozen_for_training(pipe, chosen):
+            networks = pipeline_parts.components(pipe).values()
             assert not any(module.training for network in networks for module in network.modules())
             graded = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
             assert len(graded) == 1
@@ -140,20 +140,20 @@ def test_frozen_for_training(breaks: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_float16_decoder_that_overflows_decodes_in_float32(dtype: torch.dtype) -> None:
     network = miniatures.sd15().vae.to(dtype)  # says force_upcast, as Stable Diffusion's own
-    assert stock.decoding_dtype(network) == (torch.float32 if dtype == torch.float16 else dtype)
+    assert pipeline_parts.decoding_dtype(network) == (torch.float32 if dtype == torch.float16 else dtype)
     network.register_to_config(force_upcast=False)
-    assert stock.decoding_dtype(network) == dtype
+    assert pipeline_parts.decoding_dtype(network) == dtype
 
 
 def test_guards_are_off_inside_and_their_class_is_not_forgotten() -> None:
     pipe = miniatures.sd15()
-    assert stock.guards_on(pipe) == []
+    assert patching.guards_on(pipe) == []
     checker = torch.nn.Linear(1, 1)
     pipe.safety_checker = checker
     pipe.register_to_config(safety_checker=("stable_diffusion", "StableDiffusionSafetyChecker"))
     pipe.watermark = "mark"
-    assert stock.guards_on(pipe) == ["safety_checker", "watermark"]
-    with pytest.raises(KeyError), stock.guards_off(pipe):
+    assert patching.guards_on(pipe) == ["safety_checker", "watermark"]
+    with pytest.raises(KeyError), patching.guards_off(pipe):
         assert (pipe.safety_checker, pipe.watermark) == (None, None)
         raise KeyError
     assert (pipe.safety_checker, pipe.watermark) == (checker, "mark")
@@ -166,17 +166,17 @@ def test_guards_are_off_inside_and_their_class_is_not_forgotten() -> None:
 def test_lost_words() -> None:
     pipe = miniatures.sd15()
     fits = " ".join(["dog"] * 75)  # 77 places, two of them for start and end
-    assert stock.lost_words(pipe, "a dog") == ""
-    assert stock.lost_words(pipe, fits) == ""
-    assert stock.lost_words(pipe, f"{fits} cat") == "cat"
-    assert stock.lost_words(pipe, f"{fits} two cats") == "two cats"
+    assert pipeline_call.lost_words(pipe, "a dog") == ""
+    assert pipeline_call.lost_words(pipe, fits) == ""
+    assert pipeline_call.lost_words(pipe, f"{fits} cat") == "cat"
+    assert pipeline_call.lost_words(pipe, f"{fits} two cats") == "two cats"
 
 
 def test_words_that_another_tokenizer_takes_are_not_lost() -> None:
     pipe = miniatures.sd3()  # two of CLIP, and T5 which takes 512
-    assert stock.lost_words(pipe, " ".join(["dog"] * 100)) == ""
+    assert pipeline_call.lost_words(pipe, " ".join(["dog"] * 100)) == ""
     pipe.tokenizer_3 = None
-    assert stock.lost_words(pipe, " ".join(["dog"] * 75 + ["cat"])) == "cat"
+    assert pipeline_call.lost_words(pipe, " ".join(["dog"] * 75 + ["cat"])) == "cat"
 
 
 def test_the_stock_call_loses_the_same_words() -> None:
@@ -195,8 +195,8 @@ def shown(pipe: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
     inside = pipe.image_processor.postprocess
     given = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"}
     given |= {"prompt": by_hand.PROMPTS, "generator": by_hand.generators()}
-    with stock.replaced(pipe.image_processor, "postprocess", lambda image, **how: change(inside(image, **how))):
-        return stock.pictures(pipe, type(pipe).__call__, given)
+    with patching.replaced(pipe.image_processor, "postprocess", lambda image, **how: change(inside(image, **how))):
+        return pipeline_call.pictures(pipe, type(pipe).__call__, given)
 
 
 def below(pixels: int, by: float) -> Callable[[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from aligning import align, aligned, same
 from torch import Tensor, nn
 
 from alignprop_pipe import Adapter, AlignPropPipeline
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.diffusion.sample import sample_pictures
 from alignprop_pipe.rewards import PythonReward, as_reward
 from alignprop_pipe.training import evidence
@@ -120,11 +120,11 @@ def test_the_adapter_starts_as_peft_would_start_it():
     from peft import LoraConfig, inject_adapter_in_model
 
     pipe, plain = miniatures.sd15(), miniatures.sd15()
-    lora.attach(stock.denoisers(pipe), aligning.settings(rank=3).lora, seed=7)
+    lora.attach(pipeline_parts.denoisers(pipe), aligning.settings(rank=3).lora, seed=7)
     torch.manual_seed(7)
     targets = lora.attention_linears(plain.unet)
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=targets), plain.unet, lora.ADAPTER_NAME)
-    assert same(lora.snapshot(stock.denoisers(pipe)), lora.snapshot({"unet": plain.unet}))
+    assert same(lora.snapshot(pipeline_parts.denoisers(pipe)), lora.snapshot({"unet": plain.unet}))
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian"])
@@ -226,7 +226,7 @@ def test_mixed_precision_is_for_the_denoiser_alone(name):
     handles = [layer.register_forward_hook(look(part)) for part, layer in layers.items()]
     with by_hand.hooked(*handles):
         align(pipe, mixed_precision=name, eval_prompts=2, eval_every=1, steps=1)
-    assert seen == {"unet": {stock.PRECISIONS[name]}, "text_encoder": {torch.float32}, "decoder": {torch.float32}}
+    assert seen == {"unet": {patching.PRECISIONS[name]}, "text_encoder": {torch.float32}, "decoder": {torch.float32}}
 
 
 def test_evidence_is_drawn_in_the_precision_of_training():

@@ -15,7 +15,7 @@ from torch import nn
 
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.config.settings import LoraOptions
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_call, pipeline_parts
 from alignprop_pipe.diffusion.rollout import rollout
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch
@@ -67,7 +67,7 @@ class Decorated(nn.Module):
 
 
 def gradient(pipe: Any, **changed: Any) -> list[torch.Tensor]:
-    weights = lora.trainable(stock.denoisers(pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(pipe))
     made = rollout(pipe, PromptBatch(["a dog", "a cat"]), settings(**changed), generators(), torch.Generator())
     return list(torch.autograd.grad(made.images.square().sum(), weights))
 
@@ -76,8 +76,8 @@ def gradient(pipe: Any, **changed: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", ["all", "none"])
 def test_a_decorated_method_inside_a_network_loses_nothing(place, checkpointing):
     pipe = miniatures.sd15()
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
-    for weight in lora.trainable(stock.denoisers(pipe)):
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    for weight in lora.trainable(pipeline_parts.denoisers(pipe)):
         weight.data.fill_(0.1)
         weight.requires_grad_(True)
     wanted = gradient(pipe, truncation="full", checkpointing=checkpointing)
@@ -93,7 +93,7 @@ def test_steps_are_those_of_the_pipeline_however_often_its_scheduler_steps():
     """Once for every frame, and once more for the sound: three rounds all the same."""
     pipe = build(diffusers.SkyReelsV2DiffusionForcingPipeline)
     case = Case(type(pipe), pipe, 2, arguments(type(pipe), 2))
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
     made = case.ours(truncation="last:2")
     assert (made.num_steps, made.graded) == (3, range(1, 3))
 
@@ -101,8 +101,8 @@ def test_steps_are_those_of_the_pipeline_however_often_its_scheduler_steps():
 def test_the_scheduler_is_the_stock_one_after_a_rollout():
     pipe = miniatures.sd15()
     kind, own = type(pipe.scheduler), {*vars(pipe.scheduler)}
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
-    for weight in lora.trainable(stock.denoisers(pipe)):
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    for weight in lora.trainable(pipeline_parts.denoisers(pipe)):
         weight.requires_grad_(True)
     gradient(pipe)
     assert type(pipe.scheduler) is kind
@@ -122,8 +122,8 @@ def test_what_the_denoiser_was_given_may_not_be_written_into_unseen():
         return made
 
     pipe.scheduler.step = in_place
-    lora.attach(stock.denoisers(pipe), LoraOptions(rank=2), seed=0)
-    for weight in lora.trainable(stock.denoisers(pipe)):
+    lora.attach(pipeline_parts.denoisers(pipe), LoraOptions(rank=2), seed=0)
+    for weight in lora.trainable(pipeline_parts.denoisers(pipe)):
         weight.data.fill_(0.1)
         weight.requires_grad_(True)
     keep = settings(truncation="full", guidance_scale=1.0)
@@ -142,10 +142,10 @@ def test_several_prompts_of_one_video_are_refused_in_words():
 
 def test_one_prompt_goes_in_as_a_text_and_none_is_handed_on():
     pipe = miniatures.sd15()
-    one = stock.call_arguments(pipe, ["a dog"], settings(negative_prompt="a cat").sampling, generators(1))
+    one = pipeline_call.call_arguments(pipe, ["a dog"], settings(negative_prompt="a cat").sampling, generators(1))
     assert (one["prompt"], one["negative_prompt"]) == ("a dog", "a cat")
     assert isinstance(one["generator"], torch.Generator)
-    two = stock.call_arguments(pipe, ["a", "b"], settings().sampling, generators(), {"timesteps": None})
+    two = pipeline_call.call_arguments(pipe, ["a", "b"], settings().sampling, generators(), {"timesteps": None})
     assert two["prompt"] == ["a", "b"]
     assert two["timesteps"] is None
     assert "negative_prompt" not in two

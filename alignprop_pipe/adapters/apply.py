@@ -27,7 +27,7 @@ from alignprop_pipe.adapters.header import Base, base_of
 from alignprop_pipe.adapters.header import describe as describe
 from alignprop_pipe.adapters.resolve import local_file
 from alignprop_pipe.config.choices import Window, window_from_text
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.diffusion import window as windows
 from alignprop_pipe.diffusion.lora import ADAPTER_NAME
 from alignprop_pipe.errors import AdapterError, ConfigError
@@ -159,7 +159,7 @@ def _check_window(pipe: DiffusionPipeline, layers: Collection[str], chosen: Wind
             f"{called} changes {outside[0]}, which has done its work before the first denoising step: it cannot be "
             f"kept to the window {chosen}; load it with window=(0.0, 1.0)"
         )
-    stock.scheduler(pipe)
+    pipeline_parts.scheduler(pipe)
 
 
 def _put_on(pipe: DiffusionPipeline, adapter: Layers, scale: float, chosen: Window, called: str) -> None:

@@ -38,7 +38,7 @@ from alignprop_pipe.adapters.model_layers import clip_path, found_in, is_text, n
 from alignprop_pipe.adapters.naming import Model
 from alignprop_pipe.adapters.strength import BASE_CLASS, BESIDE, Settings, folded, settings_of
 from alignprop_pipe.diffusion.lora import ADAPTER_NAME
-from alignprop_pipe.diffusion.stock import components
+from alignprop_pipe.diffusion.pipeline_parts import components
 from alignprop_pipe.errors import AdapterError
 
 COMFYUI_KEYS: dict[str, dict[str, str]] = {

@@ -125,7 +125,7 @@ def _train(plan: Plan, output: console.Output) -> None:
     try:
         with console.Progress(output, config, split) as progress, plan.trackers, console.stop_on_interrupt() as stop:
             watching = {"progress": progress, "on_step": plan.trackers.on_step, "stop": stop}
-            result = pipe.align(plan.reward, plan.source, config, out=plan.out, **watching, **plan.call)
+            result = pipe.align(plan.reward, plan.prompts, config, out=plan.out, **watching, **plan.call)
     except AlignError as error:
         if error.result is not None:
             _tell(output, plan.model, error.result)

@@ -39,7 +39,6 @@ class Plan:
     request: TrainRequest
     model: str
     reward: "Reward"
-    source: Any
     prompts: "PromptSet"
     config: AlignConfig
     out: Path
@@ -129,14 +128,14 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
     config = AlignConfig()
     with problems.noted():
         config = _config(request, model, file, settings, notes)
-    reward = prompts = source = trackers = None
+    reward = prompts = trackers = None
     call: Mapping[str, Any] = {}
     with problems.noted():
         check_model(model)
     with problems.noted():
         reward = _reward(request, file, model, problems, output)
     with problems.noted():
-        source, prompts = _prompts(request, file, model, notes)
+        prompts = _prompts(request, file, model, notes)
     with problems.noted():
         config = _judges(request, file, config, settings, prompts, notes)
     if reward is not None:
@@ -158,12 +157,12 @@ def planned(request: TrainRequest, settings: Mapping[str, Any], output: console.
         call = repeating.call_of(facts)
     problems.found += _not_repeatable(request, file, facts)
     problems.tell()
-    return Plan(request, model, reward, source, prompts, config, out, trackers, facts, call, tuple(notes))  # type: ignore[arg-type]  # nothing is None without a problem
+    return Plan(request, model, reward, prompts, config, out, trackers, facts, call, tuple(notes))  # type: ignore[arg-type]  # nothing is None without a problem
 
 
 def open_planned(plan: Plan, output: console.Output) -> "AlignPropPipeline":
     """The model, in the state that the run had which is repeated. Raises PipelineError, ConfigError."""
-    from alignprop_pipe.diffusion import stock
+    from alignprop_pipe.diffusion import pipeline_call
     from alignprop_pipe.pipeline import AlignPropPipeline
     from alignprop_pipe.runs import repeating
 
@@ -172,7 +171,7 @@ def open_planned(plan: Plan, output: console.Output) -> "AlignPropPipeline":
     pipe: Any = open_pipeline(plan.model, plan.request, output, **variant)
     facts = plan.facts if plan.request.dtype in (None, repeating.one_dtype(plan.facts)) else {**plan.facts, "dtype": {}}
     pipe = AlignPropPipeline.from_pipe(repeating.applied(pipe, facts)) if facts else pipe
-    unknown = sorted(set(plan.call) - set(stock.call_parameters(pipe)))
+    unknown = sorted(set(plan.call) - set(pipeline_call.call_parameters(pipe)))
     if unknown:
         raise ConfigError(
             f"the run gave {unknown[0]!r} to the pipeline's call, which {type(pipe).__name__} does not take"
@@ -248,7 +247,7 @@ def _from_file(request: TrainRequest, file: SettingsFile, text: str) -> str:
     return text
 
 
-def _prompts(request: TrainRequest, file: SettingsFile, model: str, notes: list[str]) -> "tuple[Any, PromptSet | None]":
+def _prompts(request: TrainRequest, file: SettingsFile, model: str, notes: list[str]) -> "PromptSet | None":
     from alignprop_pipe.prompts import PromptSet
     from alignprop_pipe.runs.repeating import prompts_of
 
@@ -261,14 +260,14 @@ def _prompts(request: TrainRequest, file: SettingsFile, model: str, notes: list[
     if source is None and model == BUNDLED:
         source = BUNDLED
     if source is None and request.config is not None and file.path is None:
-        return None, None
+        return None
     if source is None:
         raise typer.BadParameter(
             f"what should {model!r} draw in training? Give --prompts, a file or the name of a set, for example "
             "--prompts animals (list: alignprop prompts)",
             param_hint="--prompts",
         )
-    return source, PromptSet.load(source)
+    return PromptSet.load(source)
 
 
 def _judges(

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from alignprop_pipe.config.choices import KeepSteps
 from alignprop_pipe.config.settings import AlignConfig, SamplingOptions, leaves
 from alignprop_pipe.config.truncation import LastK, RandomLastK
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import pipeline_call, pipeline_parts
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def drawing_without_effect(
     pipe: DiffusionPipeline, sampling: SamplingOptions, given: Collection[str], call_kwargs: Mapping[str, Any]
 ) -> dict[str, str]:
     """The same for what is set of the options of drawing."""
-    taken, kind = stock.call_parameters(pipe), type(pipe).__name__
+    taken, kind = pipeline_call.call_parameters(pipe), type(pipe).__name__
     found = {name: f"{kind} takes no {name}" for name in DRAWING if name in given and name not in taken}
     for name in DRAWING:
         if name in given and name in call_kwargs:
@@ -51,8 +51,12 @@ def drawing_without_effect(
     unguided = _unguided(sampling, taken, call_kwargs)
     if "negative_prompt" in given and "negative_prompt" in taken and unguided:
         found["negative_prompt"] = unguided
-    if "eta" in given and "eta" in taken and "eta" not in inspect.signature(stock.scheduler(pipe).step).parameters:
-        found["eta"] = f"{type(stock.scheduler(pipe)).__name__} takes none; DDIMScheduler does"
+    if (
+        "eta" in given
+        and "eta" in taken
+        and "eta" not in inspect.signature(pipeline_parts.scheduler(pipe).step).parameters
+    ):
+        found["eta"] = f"{type(pipeline_parts.scheduler(pipe)).__name__} takes none; DDIMScheduler does"
     return found
 
 
@@ -123,7 +127,7 @@ def _looks(config: AlignConfig, given: Collection[str]) -> dict[str, str]:
 
 def _precision(pipe: DiffusionPipeline, config: AlignConfig, given: Collection[str]) -> dict[str, str]:
     wanted = DTYPES.get(config.mixed_precision)
-    own = {str(next(part.parameters()).dtype) for part in stock.denoisers(pipe).values()}
+    own = {str(next(part.parameters()).dtype) for part in pipeline_parts.denoisers(pipe).values()}
     if "mixed_precision" in given and own == {wanted}:
         return {"mixed_precision": f"the denoiser is in {wanted} already"}
     return {}

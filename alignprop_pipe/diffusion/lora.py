@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from alignprop_pipe.config.settings import LoraOptions
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import pipeline_parts
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.seeds import SeededDraws
 
@@ -264,7 +264,7 @@ def active_others(pipe: DiffusionPipeline) -> list[OtherLora]:
     """
     found: list[OtherLora] = []
     known: set[str] = set()
-    for component, network in stock.components(pipe).items():
+    for component, network in pipeline_parts.components(pipe).items():
         layers, names = _adapted_layers(network), _names_in(network)
         known |= names
         fused = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from alignprop_pipe.config.choices import KeepSteps, RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig, SamplingOptions
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import patching, pipeline_call, pipeline_parts
 from alignprop_pipe.diffusion.rollout import autograd_on
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.seeds import SeededDraws, generator_for
@@ -107,7 +107,7 @@ def _check(
 ) -> None:
     height, width = _size(pipe, sampling)
     asked = Asked(height, width, batch, kept)
-    there, frames = available(stock.device_of(pipe)), _frames(call_kwargs)
+    there, frames = available(pipeline_parts.device_of(pipe)), _frames(call_kwargs)
     if height * width * batch * frames * PLENTY * (1 + (kept or 0)) < there:
         return
     line = _line(pipe, sampling, call_kwargs)
@@ -139,7 +139,7 @@ def _needed(line: Callable[[int], Use], asked: Asked, frames: float) -> float:
 
 def _size(pipe: DiffusionPipeline, sampling: SamplingOptions) -> tuple[int, int]:
     """What was asked for; else the pipeline's own size, as far as its configuration says it."""
-    config: Any = getattr(next(iter(stock.denoisers(pipe).values())), "config", {})
+    config: Any = getattr(next(iter(pipeline_parts.denoisers(pipe).values())), "config", {})
     latent, factor = config.get("sample_size"), getattr(pipe, "vae_scale_factor", 8)
     usual = latent * factor if isinstance(latent, int) and isinstance(factor, int) else 512
     return sampling.height or usual, sampling.width or usual
@@ -155,7 +155,7 @@ def _line(
     pipe: DiffusionPipeline, sampling: SamplingOptions, call_kwargs: Mapping[str, Any]
 ) -> Callable[[int], Use] | None:
     """Pixels -> the least that one picture needs; None for a pipeline that draws no such small ones."""
-    if not {"height", "width"} <= set(stock.call_parameters(pipe)):
+    if not {"height", "width"} <= set(pipeline_call.call_parameters(pipe)):
         return None
     given = {**call_kwargs, **({"num_frames": FRAMES} if _frames(call_kwargs) > 1 else {})}
     try:
@@ -178,25 +178,32 @@ def _line(
 def _measured(pipe: DiffusionPipeline, sampling: SamplingOptions, call_kwargs: Mapping[str, Any], side: int) -> Use:
     steps = sampling.num_inference_steps if {"sigmas", "timesteps"} & set(call_kwargs) else 2
     small = replace(sampling, height=side, width=side, num_inference_steps=steps)
-    arguments = stock.call_arguments(pipe, ["a picture"], small, [generator_for("noise", 0)], call_kwargs)
+    arguments = pipeline_call.call_arguments(pipe, ["a picture"], small, [generator_for("noise", 0)], call_kwargs)
     largest, kept = _Largest(), {"denoiser": 0, "decoder": 0}
-    with autograd_on(), _quiet(pipe), stock.frozen_for_training(pipe), _counting(pipe, kept), SeededDraws(0), largest:
-        stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    with (
+        autograd_on(),
+        _quiet(pipe),
+        patching.frozen_for_training(pipe),
+        _counting(pipe, kept),
+        SeededDraws(0),
+        largest,
+    ):
+        pipeline_call.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
     return Use(**kept, operation=largest.bytes)
 
 
 @contextmanager
 def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     with ExitStack() as stack:
-        for part in (pipe, *stock.inner(pipe)):
-            stack.enter_context(stock.replaced(part, "_progress_bar_config", {"disable": True}))
+        for part in (pipe, *pipeline_parts.inner(pipe)):
+            stack.enter_context(patching.replaced(part, "_progress_bar_config", {"disable": True}))
         yield
 
 
 @contextmanager
 def _counting(pipe: DiffusionPipeline, kept: dict[str, int]) -> Iterator[None]:
     """Inside, `kept` gets the bytes that one call of a denoiser and of the decoder would keep for its gradient."""
-    weights = {p.untyped_storage().data_ptr() for part in stock.components(pipe).values() for p in part.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in pipeline_parts.parameters(pipe)}
 
     def counted(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -216,12 +223,12 @@ def _counting(pipe: DiffusionPipeline, kept: dict[str, int]) -> Iterator[None]:
 
         return call
 
-    decoder = stock.decoder(pipe)
+    decoder = pipeline_parts.decoder(pipe)
     with ExitStack() as stack:
-        for network in stock.denoisers(pipe).values():
-            stack.enter_context(stock.replaced(network, "forward", counted("denoiser", network.forward)))
+        for network in pipeline_parts.denoisers(pipe).values():
+            stack.enter_context(patching.replaced(network, "forward", counted("denoiser", network.forward)))
         if decoder is not None:
-            stack.enter_context(stock.replaced(decoder, "decode", counted("decoder", decoder.decode)))  # type: ignore[arg-type]  # a method, though modules hide its type
+            stack.enter_context(patching.replaced(decoder, "decode", counted("decoder", decoder.decode)))  # type: ignore[arg-type]  # a method, though modules hide its type
         yield
 
 

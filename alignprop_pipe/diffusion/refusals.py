@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import pipeline_parts
 from alignprop_pipe.errors import PipelineError
 
 EXACT_HOOKS = ("layer_skip", "smoothed_energy_guidance_utils")
@@ -20,13 +20,13 @@ EXACT_HOOKS = ("layer_skip", "smoothed_energy_guidance_utils")
 
 def refuse_untrainable(pipe: DiffusionPipeline) -> None:
     """Raises PipelineError for a network that is in the way of an exact gradient, with its state and the way out."""
-    stock.refuse_inference_weights(pipe)
-    passed = stock.called_each_step(pipe)
+    pipeline_parts.refuse_inference_weights(pipe)
+    passed = pipeline_parts.called_each_step(pipe)
     for name, part in passed.items():
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             raise PipelineError(f"{name} is compiled: call align() first and torch.compile the pipeline afterwards")
-    if (decoder := stock.decoder(pipe)) is not None:
-        parts = stock.components(pipe).items()
+    if (decoder := pipeline_parts.decoder(pipe)) is not None:
+        parts = pipeline_parts.components(pipe).items()
         passed |= {name: decoder for name, part in parts if decoder is getattr(part, "_orig_mod", part)}
     for name, part in passed.items():
         if reason := next(_in_the_way(name, part), ""):

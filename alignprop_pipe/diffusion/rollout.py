@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop_pipe.config.choices import RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_call, pipeline_parts
 from alignprop_pipe.diffusion.checkpointing import recomputed
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
@@ -96,8 +96,8 @@ class StepClock:
     def start(self) -> None:
         """Fix T and draw K, once for the trajectory."""
         if self.announced is None:
-            scheduler = stock.scheduler(self.pipe)
-            announced = getattr(stock.painting(self.pipe), "_num_timesteps", None)
+            scheduler = pipeline_parts.scheduler(self.pipe)
+            announced = getattr(pipeline_parts.painting(self.pipe), "_num_timesteps", None)
             begin = getattr(scheduler, "begin_index", None) or 0
             self.announced = int(announced or len(scheduler.timesteps) - begin)
             self.num_steps = _counted_steps.get(self.pipe, {}).get(self.announced, self.announced)
@@ -154,11 +154,11 @@ def rollout(
     """
     if pipe in _writing:
         config = config.replace(checkpointing=RecomputeNone())
-    denoiser = next(iter(stock.denoisers(pipe).values()))
+    denoiser = next(iter(pipeline_parts.denoisers(pipe).values()))
     called = _with_the_same_draws(denoiser, functools.partial(_called, pipe, batch, config))
     try:
         clock, images = called(generators, truncation_generator, call_kwargs)
-    except stock.LeavesTorch:
+    except pipeline_call.LeavesTorch:
         clock, images = called(generators, truncation_generator, call_kwargs)
     if not clock.was_right:  # not every pipeline says how many steps it takes: now it is known
         clock, images = called(generators, truncation_generator, call_kwargs)
@@ -187,13 +187,13 @@ def _called(
 ) -> tuple[StepClock, Tensor]:
     """The stock call, once; where it failed or its steps were not those expected, the generators are as before."""
     clock = StepClock(pipe, config, truncation_generator)
-    arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
+    arguments = pipeline_call.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
     call = inspect.unwrap(type(pipe).__call__)
     states = [(generator, generator.get_state()) for generator in (*generators, truncation_generator)]
     is_through = False
     try:
         with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
-            images = stock.pictures(pipe, call, arguments)
+            images = pipeline_call.pictures(pipe, call, arguments)
         clock.end_step()
         is_through = clock.was_right
         return clock, images
@@ -207,20 +207,20 @@ def _called(
 
 @contextmanager
 def _wrapped(pipe: DiffusionPipeline, clock: StepClock) -> Iterator[None]:
-    painter = stock.painting(pipe)
+    painter = pipeline_parts.painting(pipe)
     announced = painter.__dict__.pop("_num_timesteps", None)
     with ExitStack() as stack:
-        for part in (pipe, *stock.inner(pipe)):
+        for part in (pipe, *pipeline_parts.inner(pipe)):
             stack.enter_context(_undecorated(part))
-        scheduler = stock.scheduler(pipe)
-        stack.enter_context(stock.wrapped(scheduler, "step", functools.partial(_counted, clock)))
-        denoisers = stock.denoisers(pipe)
-        for name, network in stock.called_each_step(pipe).items():
+        scheduler = pipeline_parts.scheduler(pipe)
+        stack.enter_context(patching.wrapped(scheduler, "step", functools.partial(_counted, clock)))
+        denoisers = pipeline_parts.denoisers(pipe)
+        for name, network in pipeline_parts.called_each_step(pipe).items():
             graded = _graded if name in denoisers else _graded_helper
-            stack.enter_context(stock.replaced(network, "forward", graded(network, clock)))
-        decoder = stock.decoder(pipe)
+            stack.enter_context(patching.replaced(network, "forward", graded(network, clock)))
+        decoder = pipeline_parts.decoder(pipe)
         if decoder is not None:
-            stack.enter_context(stock.replaced(decoder, "decode", _checkpointed_decode(decoder)))
+            stack.enter_context(patching.replaced(decoder, "decode", _checkpointed_decode(decoder)))
         try:
             yield
         finally:
@@ -291,9 +291,9 @@ def _graph_throughout(network: nn.Module, forward: Forward) -> Forward:
 def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """No progress bar of the stock pipeline: the edges draw their own."""
     with ExitStack() as stack:
-        for part in (pipe, *stock.inner(pipe)):
+        for part in (pipe, *pipeline_parts.inner(pipe)):
             settings = {**getattr(part, "_progress_bar_config", {}), "disable": True}
-            stack.enter_context(stock.replaced(part, "_progress_bar_config", settings))
+            stack.enter_context(patching.replaced(part, "_progress_bar_config", settings))
         yield
 
 
@@ -464,7 +464,7 @@ def _checkpointed_decode(decoder: nn.Module) -> Forward:
 
     So the weights are cast on the way in, each time; the decoder itself stays as it is.
     """
-    dtype, decoding = stock.decoding_dtype(decoder), _Decoding(decoder)
+    dtype, decoding = pipeline_parts.decoding_dtype(decoder), _Decoding(decoder)
 
     def in_dtype(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         floats = {name: p for name, p in decoding.named_parameters() if p.is_floating_point() and p.dtype != dtype}

@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from alignprop_pipe.config.settings import SamplingOptions
-from alignprop_pipe.diffusion import memory, stock
+from alignprop_pipe.diffusion import memory, pipeline_call
 from alignprop_pipe.images import to_pil
 from alignprop_pipe.prompts import check_whole
 from alignprop_pipe.seeds import SeededDraws, generator_for
@@ -52,15 +52,18 @@ def sample_pictures(
     """
     for number, prompt in enumerate(prompts, start=1):
         check_whole(prompt, f"prompt {number}")
-    stock.tell_lost_words(pipe, prompts)
+    pipeline_call.tell_lost_words(pipe, prompts)
     wanted = [(prompt, number) for prompt in prompts for number in range(num)]
     memory.check_drawing(pipe, sampling, call_kwargs, min(batch_size, len(wanted)))
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
         generators = [noise_generator(seed, prompt, number) for prompt, number in batch]
-        arguments = stock.call_arguments(pipe, [prompt for prompt, _ in batch], sampling, generators, call_kwargs)
+        arguments = pipeline_call.call_arguments(
+            pipe, [prompt for prompt, _ in batch], sampling, generators, call_kwargs
+        )
         with SeededDraws.after(noise_generator(seed, *batch[0])):  # for noise that a pipeline draws by itself
-            outputs = stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
+            call = type(pipe).__call__  # pyright: ignore[reportAttributeAccessIssue]
+            outputs = pipeline_call.pictures(pipe, call, arguments)
         for (prompt, number), output in zip(batch, outputs, strict=True):
             yield Picture(prompt, number, _frames(output))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.utils import ModelOutput
 
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import patching, pipeline_parts
 
 MEMORY = 2**30
 """Bytes of main memory for what is remembered. Beyond it, what was not asked for the longest is forgotten."""
@@ -38,7 +38,7 @@ class EncodedPrompts:
         """Inside, a text encoder of `pipe` runs only for prompts that it has not seen."""
         with ExitStack() as stack:
             for name, encoder in text_encoders(pipe).items():
-                stack.enter_context(stock.replaced(encoder, "forward", self._remembering(name, encoder.forward)))
+                stack.enter_context(patching.replaced(encoder, "forward", self._remembering(name, encoder.forward)))
             yield
 
     def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,10 +91,10 @@ class EncodedPrompts:
 
 def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The networks of a pipeline that read tokens."""
-    others = stock.called_each_step(pipe)
+    others = pipeline_parts.called_each_step(pipe)
     return {
         name: part
-        for name, part in stock.components(pipe).items()
+        for name, part in pipeline_parts.components(pipe).items()
         if name not in others and "input_ids" in inspect.signature(type(part).forward).parameters
     }
 

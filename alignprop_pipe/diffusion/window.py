@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from alignprop_pipe.config.choices import Window, window_from_text
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.errors import ConfigError, PipelineError
 
 CLOSE = 4e-3
@@ -78,7 +78,7 @@ class _Clock:
     def __init__(self, pipe: DiffusionPipeline, window: Window) -> None:
         self.window = window
         self._pipe = weakref.ref(pipe)  # a hook that kept the pipeline alive would keep its memory
-        self._scheduler = stock.scheduler(pipe)
+        self._scheduler = pipeline_parts.scheduler(pipe)
         self._timesteps: Any = None
         self._values: list[float] = []
         self._origin: int | None = None
@@ -131,7 +131,7 @@ class _Clock:
     def _step(self, told: float | None) -> int:
         """The number of the step, from 0. Raises PipelineError where it cannot be told."""
         pipe = self._pipe()
-        scheduler = self._scheduler = self._scheduler if pipe is None else stock.scheduler(pipe)
+        scheduler = self._scheduler = self._scheduler if pipe is None else pipeline_parts.scheduler(pipe)
         if scheduler.timesteps is not self._timesteps:  # every call of a pipeline sets them anew
             self._begin(scheduler, pipe, told)
         is_idle = getattr(scheduler, "num_inference_steps", 0) is None  # no call has set its steps yet
@@ -190,7 +190,7 @@ class _Asked(int):
 
 def _announced(pipe: DiffusionPipeline) -> int | None:
     """How many steps this call of `pipe` takes; None where it does not say, or where another pipeline is called."""
-    painter = stock.painting(pipe)
+    painter = pipeline_parts.painting(pipe)
     number = getattr(painter, "_num_timesteps", None)
     if number is not None:
         painter._num_timesteps = _Asked(number)

@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from alignprop_pipe.config.expression import read_expression
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.errors import ConfigError, PromptError, RewardError
 from alignprop_pipe.escaping import in_shell
 from alignprop_pipe.prompts import PromptSet, named_sets
@@ -59,12 +59,12 @@ def describe(pipe: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> tuple[d
     each network; `device` and CPU `threads`; `scheduler` with its `class` and `config`; `adapters`, other LoRAs that
     worked, fused ones too, with their weight; and `call`, the further arguments of the pipeline's own call.
     """
-    scheduler, lacking = stock.scheduler(pipe), {}
+    scheduler, lacking = pipeline_parts.scheduler(pipe), {}
     others, call = lora.active_others(pipe), {name: encoded(value) for name, value in call_kwargs.items()}
     facts = {
         "class": type(pipe).__name__,
         "source": dict(getattr(pipe, "_alignprop_source", None) or {}),
-        "dtype": {name: _dtype_of(part) for name, part in stock.components(pipe).items()},
+        "dtype": {name: _dtype_of(part) for name, part in pipeline_parts.components(pipe).items()},
         "device": pipe.device.type,
         "threads": torch.get_num_threads(),
         "scheduler": {"class": type(scheduler).__name__, "config": _config_of(scheduler)},
@@ -92,16 +92,16 @@ def applied(pipe: DiffusionPipeline, facts: Mapping[str, Any]) -> DiffusionPipel
     kind = facts.get("class", type(pipe).__name__)
     if kind != type(pipe).__name__:
         pipe = _known(kind, DiffusionPipeline).from_pipe(pipe)
-    for name, part in stock.components(pipe).items():
+    for name, part in pipeline_parts.components(pipe).items():
         dtype = _dtype((facts.get("dtype") or {}).get(name))
         if dtype is not None and _dtype_of(part) != facts["dtype"][name]:
             part.to(dtype)
     wanted = facts.get("scheduler") or {}
     if wanted:
         scheduler = _scheduler(_known(wanted.get("class"), SchedulerMixin), wanted.get("config") or {})
-        now = stock.scheduler(pipe)
+        now = pipeline_parts.scheduler(pipe)
         if type(scheduler) is not type(now) or _config_of(scheduler) != _config_of(now):
-            stock.painting(pipe).scheduler = scheduler
+            pipeline_parts.painting(pipe).scheduler = scheduler
     return pipe
 
 
@@ -239,27 +239,27 @@ def _dtype(name: Any) -> torch.dtype | None:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_facts(given: Any, prompts: PromptSet) -> tuple[dict[str, Any], str]:
-    """`prompts` as given; `prompt_set`, what was in a file or has targets; and what cannot be written."""
-    if isinstance(given, str) and given in named_sets():
-        return {"prompts": given}, ""
+def prompt_facts(prompts: PromptSet) -> tuple[dict[str, Any], str]:
+    """`prompts`: the source or a list; `prompt_set`: what was in a file or has targets; and what cannot be written."""
+    if named_sets().get(prompts.source) == prompts:
+        return {"prompts": prompts.source}, ""
     targets = {name: [encoded(value) for value in column] for name, column in prompts.targets.items()}
     odd = [name for name, column in targets.items() if any(map(_is_described, column))]
     held = {"prompts": list(prompts.prompts), "targets": {} if odd else targets}
     lacking = f"the targets {odd[0]!r} of the prompts are no plain values" if odd else ""
-    if isinstance(given, str | Path):
-        return {"prompts": str(given), "prompt_set": held}, lacking
+    if prompts.source:
+        return {"prompts": prompts.source, "prompt_set": held}, lacking
     return {"prompts": held["prompts"], **({"prompt_set": held} if targets else {})}, lacking
 
 
-def prompts_of(about: Mapping[str, Any], folders: Sequence[Path] = ()) -> tuple[PromptSet | str, str]:
+def prompts_of(about: Mapping[str, Any], folders: Sequence[Path] = ()) -> tuple[PromptSet, str]:
     """The prompts of a run, and what is to be said of them. `folders` are where a file of theirs may be.
 
     What the run drew counts, also where its file has changed since. Raises PromptError.
     """
     given, held = about.get("prompts"), about.get("prompt_set")
     if isinstance(given, str) and not held:
-        return given, ""
+        return PromptSet.load(given), ""
     listed = held.get("prompts") if held else given
     if not isinstance(listed, list):
         raise PromptError("the run's file holds no prompts: give --prompts")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignprop_pipe.bundled import is_bundled, preset_for
 from alignprop_pipe.config.settings import CHOSEN, FIELD_PATHS, PARTS, AlignConfig
-from alignprop_pipe.diffusion import effects, lora, memory, stock
+from alignprop_pipe.diffusion import effects, lora, memory, patching, pipeline_call, pipeline_parts
 from alignprop_pipe.diffusion.rollout import autograd_on
 from alignprop_pipe.errors import AlignError, ConfigError
 from alignprop_pipe.layout import CONFIG
@@ -27,6 +27,7 @@ from alignprop_pipe.runs import facts as run_facts
 from alignprop_pipe.runs import repeating
 from alignprop_pipe.runs.folder import RunFolder, check_place
 from alignprop_pipe.runs.trackers import all_of
+from alignprop_pipe.training.evidence import judges_of, with_chosen_judge
 from alignprop_pipe.training.loop import Training, start, steps_of, usable_denoisers
 from alignprop_pipe.training.progress import Display, shown
 from alignprop_pipe.training.result import AlignResult
@@ -81,27 +82,28 @@ def align(
     """
     judges = overrides.get("judges", () if config is None else judges_in(config))
     model = pipe.name_or_path or type(pipe).__name__
-    reward, prompt_set = read_together(reward, prompts, out, judges, model)
-    config, call_kwargs = settings(pipe, config_of(config, usual_config(pipe, prompt_set)), overrides)
+    reward, prompts = read_together(reward, prompts, out, judges, model)
+    config, call_kwargs = settings(pipe, config_of(config, usual_config(pipe, prompts)), overrides)
+    judges_given, config = config.evaluation.judges, with_chosen_judge(config, reward)
     usable_denoisers(pipe)
-    tell_about(pipe, prompt_set, reward)
+    tell_about(pipe, prompts, reward)
     usual = AlignConfig.preset(preset_for(pipe.name_or_path))
     effects.tell(config, effects.settings_without_effect(pipe, config, usual, call_kwargs))
-    memory.check_training(pipe, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompt_set)))
+    memory.check_training(pipe, config, call_kwargs, min(config.evaluation.eval_prompts, len(prompts)))
     stop = stop or threading.Event()
     with (
-        lora.switched_back(stock.components(pipe).values()),
+        lora.switched_back(pipeline_parts.components(pipe).values()),
         shown(pipe, config.steps, progress) as display,
     ):
         with autograd_on():
-            state = start(pipe, reward, prompt_set, config, call_kwargs, display.on_pictures)
-        if CHOSEN in config.evaluation.judges and state.judges:
+            state = start(pipe, reward, judges_of(config), prompts, config, call_kwargs, display.on_pictures)
+        if CHOSEN in judges_given and state.judges:
             display.say(f"the judge {state.judges[0].label} watches, since none was named; judges=() goes without")
-        session = Session(pipe, state, prompt_set)
+        session = Session(pipe, state, prompts)
         steps = steps_of(state, stop.is_set)
         try:
             if out is not None:
-                session.run = open_run(state, out, reward, prompts, prompt_set)
+                session.run = open_run(state, out, reward, prompts)
             drain(steps, session, all_of(display.on_step, *filter(None, [on_step])), stop)
             steps.close()
             return conclude(session, stop.is_set() or state.interrupted)
@@ -144,7 +146,7 @@ def settings(
     """Overrides that are settings go into the configuration; those that the stock call takes go to the call."""
     known = {name: value for name, value in overrides.items() if name in FIELD_PATHS or name in PARTS}
     rest = {name: value for name, value in overrides.items() if name not in known}
-    callable_names = stock.call_parameters(pipe)
+    callable_names = pipeline_call.call_parameters(pipe)
     reserved = {"prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "latents"}
     for name in rest:
         if name not in callable_names or name in reserved:
@@ -190,7 +192,7 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> N
     emoji_only = [member.name for member in members(reward) if getattr(member, "model", None) == "emoji"]
     if emoji_only and not is_bundled(pipe.name_or_path):
         logger.warning("the bundled scorer of %s knows only emoji pictures", " and ".join(dict.fromkeys(emoji_only)))
-    source = lora.held(stock.components(pipe).values())
+    source = lora.held(pipeline_parts.components(pipe).values())
     if source not in ("", lora.TRAINED):
         logger.warning(
             "%s, which was loaded, is taken off: a run starts from the base model. To train on top of it, load it with "
@@ -199,16 +201,16 @@ def tell_about(pipe: DiffusionPipeline, prompts: PromptSet, reward: Reward) -> N
         )
     for other in lora.active_others(pipe):
         logger.warning("trained on top of LoRA %s: the adapter belongs with it, use them together", other)
-    for guard in stock.guards_on(pipe):
+    for guard in patching.guards_on(pipe):
         logger.warning("%s is switched off while training, because it stops the gradient; it is back afterwards", guard)
-    stock.tell_lost_words(pipe, prompts.prompts)
+    pipeline_call.tell_lost_words(pipe, prompts.prompts)
 
 
-def open_run(state: Training, out: str | Path, reward: Reward, given: Any, prompts: PromptSet) -> RunFolder:
-    """The run folder, once everything has been checked; `reward` and `given` prompts are those that were asked for."""
+def open_run(state: Training, out: str | Path, reward: Reward, prompts: PromptSet) -> RunFolder:
+    """The run folder, once everything has been checked; `reward` is the one that was asked for, not calibrated."""
     pipe = state.pipe
     facts, lacking = repeating.describe(pipe, state.call_kwargs)
-    drawn, unwritten = repeating.prompt_facts(given, prompts)
+    drawn, unwritten = repeating.prompt_facts(prompts)
     run = RunFolder.create(
         out, config=state.config, model=pipe.name_or_path or facts["class"], reward=str(reward),
         calibrated=str(state.reward), prompts=drawn["prompts"],

@@ -19,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from alignprop_pipe.config.choices import Maximize
 from alignprop_pipe.config.settings import CHOSEN, AlignConfig
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import patching, pipeline_call
 from alignprop_pipe.errors import ConfigError, PipelineError, PromptError
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.records import Evidence, Images, PromptBatch, Scores, Videos
@@ -73,7 +73,7 @@ def render(pipe: DiffusionPipeline, prompts: PromptSet, config: AlignConfig, **c
         places = range(start, min(start + size, len(prompts)))
         batch = prompts.take(places)
         hidden = SeededDraws.after(generator_for("hidden", config.seed, sample=start))
-        with _quiet(pipe), stock.mixed_precision(pipe, config.mixed_precision), hidden:
+        with _quiet(pipe), patching.mixed_precision(pipe, config.mixed_precision), hidden:
             videos = _render(pipe, batch, places, config, call_kwargs)
         yield Rendered(batch, videos)
 
@@ -189,8 +189,8 @@ def _render(
 ) -> Videos:
     """The stock call, whose own decorator has the gradient off; a picture becomes a video of one frame."""
     generators = [generator_for("evidence", config.seed, sample=place) for place in places]
-    arguments = stock.call_arguments(pipe, batch.prompts, config.sampling, generators, extra)
-    pictures = stock.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    arguments = pipeline_call.call_arguments(pipe, batch.prompts, config.sampling, generators, extra)
+    pictures = pipeline_call.pictures(pipe, type(pipe).__call__, arguments)  # pyright: ignore[reportAttributeAccessIssue]
     if len(pictures) != len(places):
         raise PipelineError(f"{type(pipe).__name__} made {len(pictures)} pictures for {len(places)} prompts")
     return pictures.float() if pictures.ndim == 5 else pictures.float().unsqueeze(1)

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from alignprop_pipe.config.choices import KeepSteps, RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.config.truncation import LastK
-from alignprop_pipe.diffusion import lora, refusals, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts, refusals
 from alignprop_pipe.diffusion.checkpointing import recomputed
 from alignprop_pipe.diffusion.rollout import autograd_on, rollout
 from alignprop_pipe.records import PromptBatch
@@ -52,14 +52,14 @@ def forecast(pipe: DiffusionPipeline, config: AlignConfig) -> Forecast:
 
     The reward's own cost is not in it. Raises PipelineError.
     """
-    denoisers = stock.denoisers(pipe)
+    denoisers = pipeline_parts.denoisers(pipe)
     refusals.refuse_untrainable(pipe)
     filled = psutil.Process().memory_info().rss
     with lora.taken_out(denoisers.values()):  # an adapter of an earlier run stays what it was
         try:
             lora.attach(denoisers, config.lora, config.seed)
             parameters = lora.trainable(denoisers)
-            with stock.frozen_for_training(pipe, parameters):
+            with patching.frozen_for_training(pipe, parameters):
                 probe(pipe, config, 2)  # the first call pays for warming up
                 short, long = probe(pipe, config, 2), probe(pipe, config, 4)
             cost = scaled(pipe, config, short, long, sum(parameter.numel() for parameter in parameters), filled)
@@ -74,7 +74,7 @@ def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
     short = config.replace(num_inference_steps=steps, truncation=LastK(steps // 2), checkpointing=RecomputeNone())
     batch = PromptBatch(["a picture"] * config.batch_size)
     noise = [generator_for("noise", config.seed, 0, i) for i in range(config.batch_size)]
-    weights = {p.untyped_storage().data_ptr() for part in stock.components(pipe).values() for p in part.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in pipeline_parts.parameters(pipe)}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def probe(pipe: DiffusionPipeline, config: AlignConfig, steps: int) -> Probe:
             made = rollout(pipe, batch, short, noise, generator_for("truncation", config.seed))
         middle = time.perf_counter()
         made.images.float().mean().backward()
-    for parameter in lora.trainable(stock.denoisers(pipe)):
+    for parameter in lora.trainable(pipeline_parts.denoisers(pipe)):
         parameter.grad = None
     return Probe(middle - began, time.perf_counter() - middle, sum(kept.values()), made.num_steps)
 
@@ -111,7 +111,7 @@ def scaled(
     fixed = short.forward + short.backward - short.steps * per_step - short.steps // 2 * per_graded
     seconds = max(0.0, fixed) + (total + twice) * per_step + graded * per_graded
     at_once = held_at_once(config, config.truncation.most(total))
-    weights = sum(p.numel() * p.element_size() for part in stock.components(pipe).values() for p in part.parameters())
+    weights = sum(p.numel() * p.element_size() for p in pipeline_parts.parameters(pipe))
     decoder = max(0.0, short.kept - short.steps // 2 * activations)
     needed = 16 * trainable + decoder + at_once * activations
     drawn = max(0.0, short.forward - short.steps * per_step) + total * per_step
@@ -119,7 +119,7 @@ def scaled(
         trainable_parameters=trainable,
         denoiser_calls_per_step=(total + twice) * config.gradient_accumulation_steps,
         memory_mb=(weights + needed) / 2**20,
-        process_mb=(filled + needed * (stock.device_of(pipe).type == "cpu")) / 2**20,
+        process_mb=(filled + needed * (pipeline_parts.device_of(pipe).type == "cpu")) / 2**20,
         seconds_per_step=seconds * config.gradient_accumulation_steps,
         seconds_per_picture=drawn / config.batch_size,
     )

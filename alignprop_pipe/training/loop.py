@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from alignprop_pipe.config.choices import Hinge
 from alignprop_pipe.config.settings import AlignConfig
-from alignprop_pipe.diffusion import lora, refusals, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_call, pipeline_parts, refusals
 from alignprop_pipe.diffusion.rollout import autograd_on, rollout, with_backward
 from alignprop_pipe.diffusion.text_encoders import EncodedPrompts
 from alignprop_pipe.errors import ConfigError, PipelineError, RewardError, RewardValueError, TrainingDiverged
@@ -111,6 +111,7 @@ def align_steps(
     config: AlignConfig,
     call_kwargs: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    judges: Sequence[Reward] | None = None,
 ) -> Generator[StepRecord, None, None]:
     """Train a new adapter on `pipe`, one optimizer step per record; leaving the loop early keeps what was learned.
 
@@ -120,10 +121,15 @@ def align_steps(
     turns true, the step at hand is the last one; where it turns true between two steps, the last record comes once
     more, with the evidence. KeyboardInterrupt within a step does the same without that step, a second one ends at once.
 
+    `judges` are those that `config` names, where they are not given.
+
     Raises PipelineError, PromptError, RewardError, ConfigError at once, and TrainingDiverged while iterating.
     """
     with autograd_on():
-        state = start(pipe, reward, prompts, config, call_kwargs or {})
+        if judges is None:
+            config = with_chosen_judge(config, reward)
+            judges = judges_of(config)
+        state = start(pipe, reward, judges, prompts, config, call_kwargs or {})
     return steps_of(state, stop)
 
 
@@ -201,10 +207,10 @@ def undo(state: Training) -> None:
 
 def usable_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The networks that get the adapter. Raises PipelineError for a pipeline that cannot be aligned as it stands."""
-    denoisers = stock.denoisers(pipe)
-    stock.call_parameters(pipe)  # refuses a pipeline without prompts
+    denoisers = pipeline_parts.denoisers(pipe)
+    pipeline_call.call_parameters(pipe)  # refuses a pipeline without prompts
     refusals.refuse_untrainable(pipe)
-    if reason := lora.obstacle(stock.components(pipe), denoisers):
+    if reason := lora.obstacle(pipeline_parts.components(pipe), denoisers):
         raise PipelineError(reason)
     return denoisers
 
@@ -212,24 +218,27 @@ def usable_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 def start(
     pipe: DiffusionPipeline,
     reward: Reward,
+    judges: Sequence[Reward],
     prompts: PromptSet,
     config: AlignConfig,
     call_kwargs: Mapping[str, Any],
     told: Told = unheard,
 ) -> Training:
-    """Check everything that can be checked before the first step, measure what rewards lack, put the adapter on."""
+    """Check everything that can be checked before the first step, measure what rewards lack, add the adapter.
+
+    `judges` are those that `config` names, as values.
+    """
     denoisers = usable_denoisers(pipe)
-    device = stock.device_of(pipe)
+    device = pipeline_parts.device_of(pipe)
     split = prompts.split(config.evaluation.eval_prompts, config.seed)
-    config = with_chosen_judge(config, reward)
-    judges = [judge.to(device) for judge in judges_of(config)]
+    judges = [judge.to(device) for judge in judges]
     followed = followed_judge(config.evaluation.keep_best, judges, config.evaluation.judges)
     reward = reward.to(device)
     sample = split.train.batch(config.seed, 0, 2)
     with ExitStack() as still:
         still.enter_context(SeededDraws.after(generator_for("hidden", config.seed)))
         for network in reward.networks():
-            still.enter_context(stock.frozen(network))
+            still.enter_context(patching.frozen(network))
         check_reward(reward, dry_pictures(device), sample.prompts, sample.targets)
     base_pictures: list[Rendered] = []
     encoded = EncodedPrompts()
@@ -246,12 +255,12 @@ def start(
         config = config.replace(keep_best=judges[followed].label)  # its text may hold measured numbers now
     lora.attach(denoisers, config.lora, config.seed)
     # One that was loaded may have layers in a text encoder too.
-    lora.detach({name: part for name, part in stock.components(pipe).items() if name not in denoisers})
+    lora.detach({name: part for name, part in pipeline_parts.components(pipe).items() if name not in denoisers})
     parameters = lora.trainable(denoisers)
     for parameter in parameters:
         parameter.requires_grad_(False)
     optimizer, schedule = optimizer_for(parameters, config)
-    needs_scaling = config.mixed_precision == "fp16" or stock.is_half(pipe)
+    needs_scaling = config.mixed_precision == "fp16" or pipeline_parts.is_half(pipe)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=needs_scaling)
     return Training(
         pipe, reward, judges, split, config, call_kwargs, denoisers, parameters, optimizer, schedule, scaler,
@@ -298,8 +307,8 @@ def draw_base(
     if len(prompts) < FEWEST_FOR_STATISTICS:
         batch = split.train.batch(config.seed, 0, USUAL_FOR_STATISTICS)
         prompts = PromptSet(tuple(batch.prompts), {name: tuple(values) for name, values in batch.targets.items()})
-    with ExitStack() as base, stock.frozen_for_training(pipe):
-        for network in stock.components(pipe).values():
+    with ExitStack() as base, patching.frozen_for_training(pipe):
+        for network in pipeline_parts.components(pipe).values():
             base.enter_context(lora.adapter_off(network))
         rendered = counted(render(pipe, prompts, config, **call_kwargs), len(prompts), told)
         drawn = [replace(part, videos=part.videos.cpu()) for part in rendered]
@@ -342,9 +351,9 @@ def optimizer_step(state: Training, step: int) -> StepRecord:
     config = state.config
     whole = state.prompts.train.batch(config.seed, step - 1, config.batch_size * config.gradient_accumulation_steps)
     results = []
-    if (device := stock.device_of(state.pipe)).type == "cuda":
+    if (device := pipeline_parts.device_of(state.pipe)).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with stock.frozen_for_training(state.pipe, state.parameters, state.reward.networks()):
+    with patching.frozen_for_training(state.pipe, state.parameters, state.reward.networks()):
         for first in range(0, len(whole.prompts), config.batch_size):
             results.append(with_backward(state.pipe, partial(accumulate, state, step, first, whole)))
         norm = clipped_norm(state)
@@ -411,7 +420,7 @@ def accumulate(
     noise = [generator_for("noise", config.seed, step, first + i) for i in range(len(batch.prompts))]
     share = len(batch.prompts) / len(whole.prompts)
     hidden = SeededDraws.after(generator_for("hidden", config.seed, step, first))
-    with hidden, stock.mixed_precision(state.pipe, config.mixed_precision), state.encoded.used_by(state.pipe):
+    with hidden, patching.mixed_precision(state.pipe, config.mixed_precision), state.encoded.used_by(state.pipe):
         # One draw of K for all pictures of a step: their calls share the graph, and a split batch draws the same.
         made = rollout(
             state.pipe, batch, config, noise, generator_for("truncation", config.seed, step), **state.call_kwargs
@@ -526,14 +535,14 @@ def first_look(state: Training) -> StepRecord:
         distance=None,
         graded=(),
         seconds=0.0,
-        memory_mb=memory_mb(stock.device_of(state.pipe)),
+        memory_mb=memory_mb(pipeline_parts.device_of(state.pipe)),
         evidence=evidence,
     )
 
 
 def look(state: Training) -> Evidence:
     """Render and score the prompts of the evidence; remember the adapter if it is the best so far."""
-    device = stock.device_of(state.pipe)
+    device = pipeline_parts.device_of(state.pipe)
     # What was drawn for the statistics is not drawn again.
     drawn = (replace(part, videos=part.videos.to(device)) for part in state.base_pictures)
     hidden = SeededDraws.after(generator_for("hidden", state.config.seed))  # for a reward that looks at random crops
@@ -542,7 +551,7 @@ def look(state: Training) -> Evidence:
         drawn = counted(drawn, len(state.prompts.evidence), state.told)
     networks = [network for one in (state.reward, *state.judges) for network in one.networks()]
     # As in training, without guards too: one that is wrong would score as a black picture.
-    with stock.frozen_for_training(state.pipe, others=networks), state.encoded.used_by(state.pipe), hidden:
+    with patching.frozen_for_training(state.pipe, others=networks), state.encoded.used_by(state.pipe), hidden:
         evidence = assess(state.reward, state.judges, state.prompts.evidence, drawn, state.config, state.steps)
     evidence = replace(evidence, held_out=state.prompts.held_out)
     state.base_pictures = []

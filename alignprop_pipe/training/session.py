@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from alignprop_pipe.adapters import apply
 from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.config.settings import AlignConfig
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, pipeline_parts
 from alignprop_pipe.diffusion.rollout import autograd_on
 from alignprop_pipe.errors import AdapterError, AlignError, RunError
 from alignprop_pipe.prompts import PromptSet
@@ -215,7 +215,7 @@ def give_up(session: Session, error: BaseException) -> None:
         raise
     finally:
         if not stays_on:
-            lora.detach(stock.denoisers(session.pipe))
+            lora.detach(pipeline_parts.denoisers(session.pipe))
 
 
 def rescued(result: AlignResult) -> AlignResult:

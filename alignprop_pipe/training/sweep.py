@@ -18,7 +18,7 @@ from alignprop_pipe.adapters.apply import load_adapter, remove_adapter
 from alignprop_pipe.adapters.mix import mix, said_of
 from alignprop_pipe.config.expression import read_expression
 from alignprop_pipe.config.settings import SamplingOptions
-from alignprop_pipe.diffusion import stock
+from alignprop_pipe.diffusion import pipeline_parts
 from alignprop_pipe.diffusion.sample import Picture, sample_pictures
 from alignprop_pipe.errors import ConfigError, RewardError
 from alignprop_pipe.images import to_tensor
@@ -77,7 +77,7 @@ def sweep(
                 load_adapter(pipe, first, scale=weight)
             drawn = sample_pictures(pipe, batch.prompts, sampling, seed=seed, batch_size=batch_size)
             pictures = tuple(drawn)
-            yield Column(weight, pictures, _scores(rewards, pictures, batch, stock.device_of(pipe)))
+            yield Column(weight, pictures, _scores(rewards, pictures, batch, pipeline_parts.device_of(pipe)))
     finally:
         remove_adapter(pipe)
 

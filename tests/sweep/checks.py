@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.config.settings import FIELD_PATHS, AlignConfig, LoraOptions
 from alignprop_pipe.config.truncation import LastK
-from alignprop_pipe.diffusion import lora, stock
+from alignprop_pipe.diffusion import lora, patching, pipeline_parts
 from alignprop_pipe.diffusion.rollout import rollout, with_backward
 from alignprop_pipe.errors import AlignError
 from alignprop_pipe.records import PromptBatch
@@ -144,7 +144,7 @@ class Case:
         generators = [torch.Generator().manual_seed(7 + number) for number in range(self.batch)]
         batch = PromptBatch(self.prompts)
         torch.manual_seed(0)
-        with stock.guards_off(self.pipe):  # as `align` does
+        with patching.guards_off(self.pipe):  # as `align` does
             return rollout(self.pipe, batch, config, generators, torch.Generator(), **given)
 
 
@@ -206,7 +206,7 @@ def check(kind: type) -> Result:
 def error_of_stock(case: Case) -> str:
     """What the backward pass through the undecorated stock call raises, without anything of ours."""
     try:
-        Reference(case, lora.trainable(stock.denoisers(case.pipe))).gradient(0)
+        Reference(case, lora.trainable(pipeline_parts.denoisers(case.pipe))).gradient(0)
     except Exception as error:
         return said(error)
     return ""
@@ -214,7 +214,7 @@ def error_of_stock(case: Case) -> str:
 
 def adapted(pipe: Any) -> list[nn.Parameter]:
     """An adapter that is in use already: its up-projections are no longer zero."""
-    denoisers = stock.denoisers(pipe)
+    denoisers = pipeline_parts.denoisers(pipe)
     lora.attach(denoisers, LoraOptions(rank=2), seed=0)
     generator = torch.Generator().manual_seed(11)
     for weight in lora.trainable(denoisers):
@@ -226,7 +226,7 @@ def check_pictures(case: Case, result: Result) -> None:
     wanted = case.stock_pictures()
     if not isinstance(wanted, Tensor):
         wanted = torch.as_tensor(wanted)
-    for weight in lora.trainable(stock.denoisers(case.pipe)):
+    for weight in lora.trainable(pipeline_parts.denoisers(case.pipe)):
         weight.requires_grad_(True)
     rolled = case.ours(truncation="full")
     images = rolled.images.detach()
@@ -277,7 +277,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def check_gradients(case: Case, result: Result) -> None:
-    weights = lora.trainable(stock.denoisers(case.pipe))
+    weights = lora.trainable(pipeline_parts.denoisers(case.pipe))
     double = in_double(case)
     with double_inside() if double else ExitStack():
         result.notes.append("float64" if double else "in float32, since float64 does not go through its code")
@@ -303,17 +303,17 @@ def our_gradient(case: Case, k: int, weights: Sequence[nn.Parameter]) -> list[Te
 def in_double(case: Case) -> bool:
     """The pipeline in float64, where its code lets it; else as it was."""
     case.pipe.to(torch.float64)
-    for part in stock.components(case.pipe).values():
+    for part in pipeline_parts.components(case.pipe).values():
         part.to(torch.float64)
     try:
         with double_inside():
-            parts = Reference(case, lora.trainable(stock.denoisers(case.pipe))).gradient(0)
+            parts = Reference(case, lora.trainable(pipeline_parts.denoisers(case.pipe))).gradient(0)
         if not all(part.isfinite().all() for part in parts):
             raise FloatingPointError
         return True
     except Exception:
         case.pipe.to(torch.float32)
-        for part in stock.components(case.pipe).values():
+        for part in pipeline_parts.components(case.pipe).values():
             part.to(torch.float32)
         return False
 
@@ -357,7 +357,7 @@ class Reference:
             self.step, stepped = self.step + stepped, False
 
         kind.step = stepping
-        handles = [part.register_forward_pre_hook(called) for part in stock.denoisers(self.case.pipe).values()]
+        handles = [part.register_forward_pre_hook(called) for part in pipeline_parts.denoisers(self.case.pipe).values()]
         try:
             yield
         finally:
