@@ -6,6 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from alignprop_pipe.layout import CURVE, SHEET
+
 from . import host
 from .widgets import config_from, connected, presets, setting_widgets
 
@@ -45,6 +47,10 @@ class Align(io.ComfyNode):
                 io.Image.Output(display_name="after", tooltip="the same prompts and noise, with the adapter"),
                 io.Image.Output(display_name="curve", tooltip="reward and held-out scores over the steps"),
                 io.String.Output(display_name="report", tooltip="what changed, in numbers"),
+                io.Image.Output(
+                    display_name="before_after",
+                    tooltip="one sheet: pairs before and after, with their prompts and what the judge says of them",
+                ),
             ],
         )
 
@@ -75,9 +81,8 @@ class Align(io.ComfyNode):
                 finally:
                     from alignprop_pipe.diffusion import lora, pipeline_parts
 
-                    lora.detach(
-                        pipeline_parts.denoisers(pipe)
-                    )  # the adapter goes its own way; the pipe is the base model's
+                    # The adapter leaves through its own output; the pipeline goes on as the base model.
+                    lora.detach(pipeline_parts.denoisers(pipe))
             if result.interrupted or run.progress.stopped:
                 keep_stopped(result)
                 run.progress.pass_on_stop()
@@ -187,8 +192,9 @@ def outputs(result: Any, run: Run) -> io.NodeOutput:
         losses,
         images_of(result.before),
         images_of(result.after),
-        picture_file(folder / "curve.png"),
+        picture_file(folder / CURVE),
         report,
+        picture_file(folder / SHEET) if (folder / SHEET).is_file() else images_of(None),
         ui=ui | shown_images(folder),
     )
 
@@ -212,7 +218,7 @@ def picture_file(path: Path) -> Any:
 
 def shown_images(folder: Path) -> dict[str, Any]:
     """The sheet of before and after for the node itself, out of the run folder."""
-    path = folder / "before-after.png"
+    path = folder / SHEET
     output = Path(host.folder_paths.get_output_directory()).resolve()
     if not path.is_file() or not path.resolve().is_relative_to(output):
         return {}

@@ -27,6 +27,7 @@ from alignprop_pipe.config.choices import RecomputeNone
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.diffusion import lora, patching, pipeline_call, pipeline_parts
 from alignprop_pipe.diffusion.checkpointing import recomputed
+from alignprop_pipe.diffusion.clock import StepClock, announced_steps, steps_of_call, told_timestep
 from alignprop_pipe.errors import PipelineError
 from alignprop_pipe.records import PromptBatch, Rollout
 from alignprop_pipe.seeds import SeededDraws
@@ -73,40 +74,36 @@ def with_backward(pipe: DiffusionPipeline, attempt: Callable[[], Made]) -> Made:
 
 
 @dataclass(slots=True)
-class StepClock:
-    """Counts denoising steps; the first denoiser call asks it how many there will be and which are graded.
-
-    A step ends when the denoiser is called after a scheduler's step. So it does not matter how often the scheduler
-    steps for one call (once for every frame, or for the sound too, on copies of it), nor what a denoiser is told of the
-    time, which a pipeline may scale, shift or repeat.
-    """
+class Trajectory:
+    """One call of the stock pipeline with gradient: at which step it is, and which steps carry gradient."""
 
     pipe: DiffusionPipeline
     config: AlignConfig
     generator: torch.Generator
-    step: int = 0
+    clock: StepClock = field(default_factory=StepClock)
     announced: int | None = None
     num_steps: int = 0
     graded: range = range(0)
     distances: list[Tensor] = field(default_factory=list)
     carries_gradient: bool = False
-    has_stepped: bool = False
     norms_at_end: Tensor | None = None
 
-    def start(self) -> None:
-        """Fix T and draw K, once for the trajectory."""
+    @property
+    def step(self) -> int:
+        return self.clock.step
+
+    def called(self, told: float | None = None) -> None:
+        """A denoiser is called, or another network of each step. The first call fixes T and draws K, once for all."""
+        self.clock.end_step()
         if self.announced is None:
-            scheduler = pipeline_parts.scheduler(self.pipe)
-            announced = getattr(pipeline_parts.painting(self.pipe), "_num_timesteps", None)
-            begin = getattr(scheduler, "begin_index", None) or 0
-            self.announced = int(announced or len(scheduler.timesteps) - begin)
+            self.announced = steps_of_call(self.pipe, pipeline_parts.scheduler(self.pipe), told)
             self.num_steps = _counted_steps.get(self.pipe, {}).get(self.announced, self.announced)
             self.graded = self.config.truncation.plan(self.num_steps, self.generator)
 
     def stepped(self, latents: Tensor) -> None:
         """The scheduler, or a copy of it, has made `latents` of what the denoiser said."""
-        self.start()
-        self.has_stepped, self.carries_gradient = True, latents.requires_grad
+        self.clock.scheduler_stepped()
+        self.carries_gradient = latents.requires_grad
         if (growth := self.config.optimizer.max_grad_growth) is not None and latents.requires_grad:
             latents.register_hook(functools.partial(self.limited, growth))
 
@@ -124,11 +121,6 @@ class StepClock:
         limits = growth * at_end
         scales = torch.where((norms > limits) & (limits > 0), limits / norms, 1.0)
         return gradient * scales.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
-
-    def end_step(self) -> None:
-        """Count the step that is through, if one is."""
-        self.step += self.has_stepped
-        self.has_stepped = False
 
     @property
     def was_right(self) -> bool:
@@ -157,24 +149,25 @@ def rollout(
     denoiser = next(iter(pipeline_parts.denoisers(pipe).values()))
     called = _with_the_same_draws(denoiser, functools.partial(_called, pipe, batch, config))
     try:
-        clock, images = called(generators, truncation_generator, call_kwargs)
+        trajectory, images = called(generators, truncation_generator, call_kwargs)
     except pipeline_call.LeavesTorch:
-        clock, images = called(generators, truncation_generator, call_kwargs)
-    if not clock.was_right:  # not every pipeline says how many steps it takes: now it is known
-        clock, images = called(generators, truncation_generator, call_kwargs)
-    if not clock.was_right:
+        trajectory, images = called(generators, truncation_generator, call_kwargs)
+    if not trajectory.was_right:  # not every pipeline says how many steps it takes: now it is known
+        trajectory, images = called(generators, truncation_generator, call_kwargs)
+    if not trajectory.was_right:
         raise PipelineError(
-            f"{type(pipe).__name__} took {clock.step} denoising steps where {clock.num_steps} were expected, and "
-            "another number before: its last steps cannot be told. Try another scheduler or num_inference_steps"
+            f"{type(pipe).__name__} took {trajectory.step} denoising steps where {trajectory.num_steps} were "
+            "expected, and another number before: which steps are the last cannot be told. Try another scheduler or "
+            "num_inference_steps"
         )
     if not images.requires_grad:
-        place = "after its last denoising step" if clock.carries_gradient else "in its denoising loop"
+        place = "after its last denoising step" if trajectory.carries_gradient else "in its denoising loop"
         raise PipelineError(
             f"{type(pipe).__name__} loses the gradient {place} (a no_grad, detach or NumPy inside): its pictures "
             "tell the adapter nothing. Align the same model in another pipeline class, if diffusers has one"
         )
-    distance = torch.stack(clock.distances).mean() if clock.distances else None
-    return Rollout(images, clock.graded, clock.step, distance)
+    distance = torch.stack(trajectory.distances).mean() if trajectory.distances else None
+    return Rollout(images, trajectory.graded, trajectory.step, distance)
 
 
 def _called(
@@ -184,19 +177,19 @@ def _called(
     generators: Sequence[torch.Generator],
     truncation_generator: torch.Generator,
     call_kwargs: Mapping[str, Any],
-) -> tuple[StepClock, Tensor]:
+) -> tuple[Trajectory, Tensor]:
     """The stock call, once; where it failed or its steps were not those expected, the generators are as before."""
-    clock = StepClock(pipe, config, truncation_generator)
+    trajectory = Trajectory(pipe, config, truncation_generator)
     arguments = pipeline_call.call_arguments(pipe, batch.prompts, config.sampling, generators, call_kwargs)
     call = inspect.unwrap(type(pipe).__call__)
     states = [(generator, generator.get_state()) for generator in (*generators, truncation_generator)]
     is_through = False
     try:
-        with autograd_on(), _wrapped(pipe, clock), _quiet(pipe):
+        with autograd_on(), _wrapped(pipe, trajectory), _quiet(pipe):
             images = pipeline_call.pictures(pipe, call, arguments)
-        clock.end_step()
-        is_through = clock.was_right
-        return clock, images
+        trajectory.clock.end_step()
+        is_through = trajectory.was_right
+        return trajectory, images
     finally:
         for generator, state in () if is_through else states:
             generator.set_state(state)
@@ -206,26 +199,21 @@ def _called(
 
 
 @contextmanager
-def _wrapped(pipe: DiffusionPipeline, clock: StepClock) -> Iterator[None]:
-    painter = pipeline_parts.painting(pipe)
-    announced = painter.__dict__.pop("_num_timesteps", None)
+def _wrapped(pipe: DiffusionPipeline, trajectory: Trajectory) -> Iterator[None]:
+    announced_steps(pipe)  # by an earlier call
     with ExitStack() as stack:
         for part in (pipe, *pipeline_parts.inner(pipe)):
             stack.enter_context(_undecorated(part))
         scheduler = pipeline_parts.scheduler(pipe)
-        stack.enter_context(patching.wrapped(scheduler, "step", functools.partial(_counted, clock)))
+        stack.enter_context(patching.wrapped(scheduler, "step", functools.partial(_counted, trajectory)))
         denoisers = pipeline_parts.denoisers(pipe)
         for name, network in pipeline_parts.called_each_step(pipe).items():
             graded = _graded if name in denoisers else _graded_helper
-            stack.enter_context(patching.replaced(network, "forward", graded(network, clock)))
+            stack.enter_context(patching.replaced(network, "forward", graded(network, trajectory)))
         decoder = pipeline_parts.decoder(pipe)
         if decoder is not None:
             stack.enter_context(patching.replaced(decoder, "decode", _checkpointed_decode(decoder)))
-        try:
-            yield
-        finally:
-            if announced is not None:
-                painter._num_timesteps = announced
+        yield
 
 
 @contextmanager
@@ -297,41 +285,40 @@ def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
         yield
 
 
-def _counted(clock: StepClock, step: Forward) -> Forward:
+def _counted(trajectory: Trajectory, step: Forward) -> Forward:
     def call(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        clock.stepped(result[0])
+        trajectory.stepped(result[0])
         return result
 
     return call
 
 
-def _graded(denoiser: nn.Module, clock: StepClock) -> Forward:
-    forward, helper = denoiser.forward, _graded_helper(denoiser, clock)
+def _graded(denoiser: nn.Module, trajectory: Trajectory) -> Forward:
+    forward, helper = denoiser.forward, _graded_helper(denoiser, trajectory)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        clock.end_step()
-        clock.start()
+        trajectory.called(told_timestep(denoiser, args, kwargs))
         output = helper(*args, **kwargs)
-        if clock.step in clock.graded and clock.config.distance_weight > 0:
-            clock.distances.append(_distance_to_base(denoiser, forward, output, args, kwargs))
+        if trajectory.step in trajectory.graded and trajectory.config.distance_weight > 0:
+            trajectory.distances.append(_distance_to_base(denoiser, forward, output, args, kwargs))
         return output
 
     return call
 
 
-def _graded_helper(network: nn.Module, clock: StepClock) -> Forward:
+def _graded_helper(network: nn.Module, trajectory: Trajectory) -> Forward:
     """Without a graph before the cut. Before the first denoiser call nothing can carry gradient, so the same there."""
     forward = _graph_throughout(network, network.forward)
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        clock.end_step()
-        if clock.step not in clock.graded:
+        trajectory.clock.end_step()
+        if trajectory.step not in trajectory.graded:
             with torch.set_grad_enabled(False):
                 return forward(*args, **kwargs)
-        if recomputed(clock.config.checkpointing, clock.step, clock.graded) and _is_data((args, kwargs)):
+        if recomputed(trajectory.config.checkpointing, trajectory.step, trajectory.graded) and _is_data((args, kwargs)):
             # The reentrant kind gives no gradient to LoRA: its inputs carry none at the first graded step.
             again = _as_of_now(network, forward, (args, kwargs))
             return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -9,6 +9,7 @@ README.md is written anew from both.
 """
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
@@ -19,21 +20,27 @@ from typing import Any
 from torch import Tensor
 
 from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, evaluate, parse_reward
+from alignprop_pipe.bundled import REWARD
+from alignprop_pipe.images import to_pil
 from alignprop_pipe.records import Change, Evidence
-from alignprop_pipe.rewards import AttributeJudge
+from alignprop_pipe.rewards import AttributeJudge, Reward
 from alignprop_pipe.runs import drawings
 from alignprop_pipe.training.evidence import paired_change
 from alignprop_pipe.training.result import AlignResult
 
 HERE = Path(__file__).parent
 ADAPTERS = Path(tempfile.gettempdir()) / "alignprop-objectives"
-SEEDS, STEPS, BATCH, HELD_OUT = (0, 1, 2), 25, 12, 48
+SEEDS, HELD_OUT = (0, 1, 2), 100
 TOO_FAR = "-too-far"
 COLOURS = ("red", "yellow", "green", "blue", "purple", "pink", "white")
 NUMBERS = {"one": "one dog", "two": "two dogs", "three": "three dogs", "four": "four dogs"}
 DOGS = PromptSet(
     tuple(f"{dogs} on a {colour} background" for dogs in NUMBERS.values() for colour in COLOURS),
-    {"count": tuple(n for n in NUMBERS for _ in COLOURS), "background": COLOURS * len(NUMBERS)},
+    {
+        "subject": ("cat",) * len(NUMBERS) * len(COLOURS),
+        "count": tuple(n for n in NUMBERS for _ in COLOURS),
+        "background": COLOURS * len(NUMBERS),
+    },
 )
 
 
@@ -49,12 +56,30 @@ class SeesDog(AttributeJudge):
         return {}
 
 
+class WebP(Reward):
+    """Minus the size of the picture as a WebP file (quality 80) in 1000 bytes: only watched, since it has no slope."""
+
+    name = "webp"
+    reads_prompts = False
+
+    def score(self, images: Tensor, prompts: list[str], targets: Any) -> Tensor:
+        return -self.extras(images, prompts, targets)["webp_kb"]
+
+    def extras(self, images: Tensor, prompts: list[str], targets: Any) -> dict[str, Tensor]:
+        sizes = []
+        for image in images:
+            file = io.BytesIO()
+            to_pil(image).save(file, format="WEBP", quality=80)
+            sizes.append(file.tell() / 1000)
+        return {"webp_kb": images.new_tensor(sizes)}
+
+
 HERE_IS = Path(__file__).as_posix()
-WATCHED = ("emoji_judge", "jpeg", "colour")
+WATCHED = ("emoji_judge", "jpeg", "colour", f"{HERE_IS}:WebP")
 RIGHT = {"emoji_judge": "right in everything, by the judge"}
 NUMBER = {"emoji_judge.count": "right number, by the judge"}
 SUBJECT = {"emoji_judge.subject": "right subject, by the judge"}
-FILE_SIZE = {"jpeg_kb": "JPEG file, kB"}
+FILE_SIZE = {"webp_kb": "WebP file, kB", "jpeg_kb": "JPEG file, kB"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +87,7 @@ class Objective:
     """A reward, what is meant by it, and the measures that say whether it was reached: name -> words.
 
     `too_far` is the reward alone, which ends in pictures that please it and nobody else; the one that is trained has a
-    stopping point instead, or something beside it that keeps the pictures. `steps` and `held_out` are `STEPS` and
-    `HELD_OUT` where they are not given.
+    stopping point, or other rewards next to it that keep the pictures.
     """
 
     reward: str
@@ -72,39 +96,32 @@ class Objective:
     too_far: str = ""
     prompts: Any = "emoji"
     watched: tuple[str, ...] = field(default=WATCHED)
-    steps: int | None = None
-    held_out: int | None = None
 
 
 OBJECTIVES = {
-    "alignment": Objective("clip", "pictures of what the prompt says", RIGHT),
+    "alignment": Objective(REWARD, "pictures of what the prompt says", RIGHT),
     "aesthetics": Objective(
         "smooth(clip) + 3*clip_above(colour, 0.46)",
         "more colour, up to 0.46 and no further: colourfulness after Hasler and Süsstrunk, a stand-in for `aesthetic`, "
         "whose network reads photographs",
         {"colour": "colourfulness, 0 to 1"} | RIGHT,
         too_far="colour",
-        steps=40,
     ),
     "compressibility": Objective(
-        "smooth(clip) + 10*clip_above(jpeg, -0.02)",
-        "pictures that make smaller files",
-        FILE_SIZE | RIGHT,
-        too_far="jpeg",
+        "smooth(clip) + 0.5*contains + 20*jpeg", "pictures that make smaller files", FILE_SIZE | RIGHT, too_far="jpeg"
     ),
     "incompressibility": Objective(
-        "smooth(clip) + 10*clip_above(-jpeg, 0.065)",
+        "smooth(clip) + 0.5*contains + 10*clip_above(-jpeg, 0.065)",
         "pictures full of detail, which make larger files",
         FILE_SIZE | RIGHT,
         too_far="-jpeg",
     ),
-    # The number is what moves slowest: it takes more steps, and more pictures to see it.
-    "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT, steps=40, held_out=100),
+    "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT),
     "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
     "removal": Objective(
-        'clip_above(without("dog"), -0.1) + clip_above(contains("cat"), -0.1)',
-        "no dogs, though every prompt asks for some, and cats in their place",
-        {"judge_sees_dog": "dogs, by the judge", "emoji_judge": "number and background right, by the judge"},
+        'clip_above(without("dog"), -0.1) + contains + 0.5*count',
+        "no dogs, though every prompt asks for some, and as many cats in their place",
+        {"judge_sees_dog": "dogs, by the judge", "emoji_judge": "cats in the right number on the right background"},
         too_far='without("dog")',
         prompts=DOGS,
         watched=(f"{HERE_IS}:SeesDog", *WATCHED),
@@ -124,8 +141,7 @@ def trained(name: str, seed: int) -> AlignResult:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
         reward, objective.prompts, AlignConfig.preset("emoji"),
-        steps=objective.steps or STEPS, batch_size=BATCH, eval_prompts=objective.held_out or HELD_OUT, seed=seed,
-        judges=objective.watched, keep_best=False,
+        eval_prompts=HELD_OUT, seed=seed, judges=objective.watched, keep_best=False,
     )  # fmt: skip
     ADAPTERS.mkdir(exist_ok=True)
     pipe.save_adapter(adapter_file(name, seed), format="diffusers")
@@ -143,7 +159,7 @@ def mixed(seed: int) -> tuple[Evidence, Evidence]:
     for name in parts:
         pipe.load_lora_weights(adapter_file(name, seed), adapter_name=name)
     pipe.set_adapters(list(parts), [0.5, 0.5])
-    return before, evaluate(pipe, parse_reward("clip"), judges, held_out, config, STEPS)
+    return before, evaluate(pipe, parse_reward("clip"), judges, held_out, config, config.steps)
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:
@@ -184,16 +200,15 @@ python examples/objectives/objectives.py count
 alignprop train --reward count --steps 40     # the same on the command line
 ```
 
-{steps} steps of twelve pictures (`aesthetics` and `count`: 40) and {held_out} held-out prompts with the same noise
-before and after (`count`: 100); seeds {seeds}, or the first alone. `alignment`, `count`, `presence` and
-`alignment-compressibility` were measured with an earlier preset, of the attention layers alone. This page is written by
-the script from results.json. A run took {low} to {high} seconds on two cores. The judge, which no training sees, says
-what share of the pictures shows what it should.
+The preset of the bundled model ({steps} steps of {batch} pictures), and {held_out} held-out prompts with the same noise
+before and after; seeds {seeds}, of the versions that go too far the first only. This page is written by the script from
+results.json. A run took {low} to {high} seconds on one core. The judge, which no training sees, says what share of the
+pictures shows what it should. The size as WebP is an outside measure too: the reward `jpeg` never sees that format. Of
+a JPEG file of these small pictures 0.62 kB are headers and tables, the same for every picture.
 
 A reward that says nothing of what the picture shows is followed too far sooner or later. So such an objective has a
-stopping point (`clip_above`: good enough, no further) and something beside it that keeps the pictures; what the reward
-alone does in the same number of steps stands below it as the warning. `removal` has no such balance yet: the dogs are
-gone, but so is the number, and files become a tenth smaller where three tenths are wanted.
+stopping point (`clip_above`: good enough, no further) or other rewards next to it that keep the pictures; what the
+reward alone does in the same number of steps stands below it as the warning.
 """
 
 
@@ -201,7 +216,10 @@ def page(results: dict[str, Any]) -> str:
     """The text of README.md."""
     seconds = [run["seconds"] for runs in results.values() for run in runs.values() if run["seconds"]]
     seeds = ", ".join(sorted({seed for runs in results.values() for seed in runs}))
-    head = HEAD.format(steps=STEPS, held_out=HELD_OUT, seeds=seeds, low=min(seconds), high=max(seconds))
+    preset = AlignConfig.preset("emoji")
+    head = HEAD.format(
+        steps=preset.steps, batch=preset.batch_size, held_out=HELD_OUT, seeds=seeds, low=min(seconds), high=max(seconds)
+    )
     sections = [section(name, dict(sorted(results[name].items()))) for name in names() if name in results]
     return "\n".join([head, *sections])
 
