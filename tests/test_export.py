@@ -380,7 +380,7 @@ DAMAGES = {
     _not_a_lora: "holds no LoRA",
     _one_half: "load it into",
     _nan: "NaN",
-    _unknown_layer: "1 of .* layers do not fit, the first: unet.extra does not exist",
+    _unknown_layer: "1 of .* layers do not fit, the first: 'unet.extra' is no layer of",
     _norm_layer: "GroupNorm and takes no LoRA",
     _bad_header: "load it into",
     _scalars: "load it into",

@@ -308,3 +308,16 @@ def test_what_is_found_can_be_written_as_json(tmp_path: Path) -> None:
 
     found = plain(of_tensors({**GOOD, f"{NAME}.lora_up.weight": torch.full((4, 2), torch.nan)}, tmp_path))
     assert json.loads(json.dumps(found, allow_nan=False))["blocks"][0]["change"] is None
+
+
+def test_no_program_loads_layers_that_are_damaged(tmp_path: Path) -> None:
+    found = of_tensors({**GOOD, f"{NAME}.lora_up.weight": torch.ones(4, 3)}, tmp_path)
+    assert [verdict.loads for verdict in found.programs] == [False, False, False]
+    assert "do not fit together" in found.programs[1].reason
+
+
+def test_no_unet_has_a_third_text_encoder(tmp_path: Path) -> None:
+    tensors = made("sd15", text=True).kohya_tensors()
+    found = of_tensors({key.replace("lora_te_", "lora_te3_"): tensor for key, tensor in tensors.items()}, tmp_path)
+    assert found.programs[1].loads is False
+    assert "lora_te3_" in found.programs[1].reason

@@ -373,3 +373,32 @@ def test_one_layer_by_two_names_is_refused(tmp_path: Path) -> None:
     assert "both mean transformer_blocks.0.attn.to_k" in refused(tensors, tmp_path)
     rows = pair("diffusion_model.layers.0.attention.qkv", 3840, 3841)
     assert "3841 rows cannot be those of" in refused(rows, tmp_path)
+
+
+ODD = {
+    "a trailing underscore": (r"_attn1_to_q\.", "_attn1_to_q_."),
+    "doubled underscores": ("_attn1_to_q", "__attn1_to_q"),
+    "the wrong case": ("_to_q", "_To_Q"),
+    "a number of no text encoder": ("^lora_te_", "lora_te4_"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_of_no_layer_is_told_as_the_file_has_it(name: str, tmp_path: Path) -> None:
+    """Also where a converter of diffusers has changed it to something else before it was found to be none."""
+    old, new = ODD[name]
+    tensors = {re.sub(old, new, key): tensor for key, tensor in made("sd15", text=True).kohya_tensors().items()}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    pipe = FAMILIES["sd15"].make()
+    for use in (Adapter.load, lambda path: load_adapter(pipe, path)):
+        with pytest.raises(AdapterError, match=rf"'\w*{new.rstrip('.')}\w*' is no layer of"):
+            use(tmp_path / "theirs.safetensors")
+    assert not hasattr(pipe.unet, "peft_config")
+
+
+def test_layers_of_two_models_in_one_file(tmp_path: Path) -> None:
+    """The component of the other model is none that the pipeline has."""
+    flux = {key: tensor for key, tensor in made("flux").items() if "single" in key}
+    save_file({**made("sd15"), **flux}, tmp_path / "theirs.safetensors")
+    with pytest.raises(AdapterError, match=r"transformer.single_.* is no layer of Stable Diffusion 1's UNet"):
+        Adapter.load(tmp_path / "theirs.safetensors")

@@ -238,3 +238,45 @@ def test_nothing_of_a_real_pipeline_is_touched(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert logging.get_verbosity() == verbosity
     assert load_file(file)
+
+
+def hunyuan_of_musubi() -> Tensors:
+    """One block by the names of musubi-tuner, with the alphas that diffusers' converter does not expect."""
+    found: Tensors = {}
+    for layer, outputs in (("img_attn_qkv", 12), ("img_attn_proj", 4), ("txt_attn_qkv", 12), ("txt_attn_proj", 4)):
+        name = f"lora_unet_double_blocks_19_{layer}"
+        found |= {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(outputs, 2)}
+        found[f"{name}.alpha"] = torch.tensor(1.0)
+    return found
+
+
+def of_two_ranks() -> Tensors:
+    """One pair of matrices that cannot be multiplied."""
+    tensors = made("sd15").kohya_tensors()
+    first = next(key for key in tensors if key.endswith("lora_up.weight"))
+    return {**tensors, first: torch.ones(len(tensors[first]), 5)}
+
+
+WORDS: dict[str, tuple[Callable[[], Tensors], dict[str, str], str]] = {
+    "fused layers with alphas": (hunyuan_of_musubi, {}, "it splits fused layers .query, key and value.*--to diffusers"),
+    "two ranks": (of_two_ranks, {}, "a matrix does not have the shape that its layer needs"),
+    "settings without layers": (
+        lambda: dict(made("sd15", alpha=float).items()),
+        {"lora_adapter_metadata": '{"unet.r": 3, "unet.lora_alpha": 9}'},
+        "the header name no target_modules",
+    ),
+    "an alpha of no layer": (
+        lambda: made("sd15").kohya_tensors() | {"lora_unet_none.alpha": torch.tensor(1.0)},
+        {},
+        "renamed: lora_unet_none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_error_of_the_loader_is_told_in_words(name: str, tmp_path: Path) -> None:
+    tensors, header, said = WORDS[name]
+    save_file({key: tensor.clone() for key, tensor in tensors().items()}, tmp_path / "a.safetensors", header)
+    verdict = inspect_adapter(tmp_path / "a.safetensors").programs[0]
+    assert verdict.loads is False
+    assert re.search(said, verdict.reason)

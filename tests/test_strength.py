@@ -240,3 +240,14 @@ def test_patterns_by_names_that_a_converter_changes(tmp_path: Path) -> None:
         wanted = factors.norm() * (4 if path.endswith("attn1.to_q") else 1)
         assert got[path].norm() == pytest.approx(wanted, rel=1e-6)
     assert got.keys() == plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"bias": "all"}, "a LoRA with biases"), ({"modules_to_save": ["conv_in"]}, "whole weights")]
+)
+def test_what_peft_trained_beside_the_lora_is_named(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """PEFT's own folder: the settings say what its other keys are."""
+    by_peft(tmp_path, {"r": 2, "lora_alpha": 2, **settings})
+    for use in (Adapter.load, lambda path: load_adapter(FAMILIES["sd15"].make(), path)):
+        with pytest.raises(AdapterError, match=said):
+            use(tmp_path)

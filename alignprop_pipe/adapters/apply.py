@@ -25,6 +25,8 @@ from alignprop_pipe.adapters.adapter import Adapter, Format
 from alignprop_pipe.adapters.export_keys import Factors, Layers, common_shape, layers_from, misfit, named_for, networks
 from alignprop_pipe.adapters.header import Base, base_of
 from alignprop_pipe.adapters.header import describe as describe
+from alignprop_pipe.adapters.keys import layers_of
+from alignprop_pipe.adapters.naming import UnknownLayerError
 from alignprop_pipe.adapters.resolve import local_file
 from alignprop_pipe.config.choices import Window, window_from_text
 from alignprop_pipe.diffusion import lora, pipeline_parts
@@ -134,6 +136,12 @@ def _read(pipe: DiffusionPipeline, file: Path) -> tuple[Layers, Base, Mapping[st
     base = Base.of_header(header)
     try:
         layers = layers_from(pipe, tensors, header)
+    except UnknownLayerError as error:
+        total = len(layers_of(tensors).layers)
+        raise AdapterError(
+            f"{file.name} was not made for this {type(pipe).__name__}: {len(error.names)} of its {total} layers do not "
+            f"fit, the first: {error}; {_way_out(base)}"
+        ) from error
     except Exception as error:  # diffusers' converters fail in any way on keys that they do not expect
         raise AdapterError(
             f"{file.name} holds no LoRA that {type(pipe).__name__} can read ({error}); {_way_out(base)}"

@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -185,7 +185,14 @@ def layers_from(pipe: DiffusionPipeline, tensors: dict[str, Tensor], header: Map
         base_of(pipe).families.get(sole, ""),
         getattr(options.get("unet_config"), "layers_per_block", 2),
     )
-    return named_for(pipe, _all_of(pipe, tensors, header, options, model))
+
+    def exists(name: str, path: str) -> bool:
+        part = parts.get(name)
+        if is_text(name):
+            path = clip_path(path, nested=hasattr(part, "text_model"))
+        return part is not None and path in dict(part.named_modules())
+
+    return named_for(pipe, _all_of(pipe, tensors, header, options, model, exists))
 
 
 def layers_alone(base: Base, tensors: dict[str, Tensor], header: Mapping[str, str]) -> Layers:
@@ -202,7 +209,15 @@ def layers_alone(base: Base, tensors: dict[str, Tensor], header: Mapping[str, st
         raise ValueError("it is a LoRA for a model of language or speech, which PEFT and transformers read")
     known = partial(names_for, getattr(reader, "__name__", ""), family=family)
     model = Model(known, tuple(filter(is_text, COMPONENTS)), sole, family, extra=frozenset({*COMPONENTS, *own}))
-    found = _all_of(reader, tensors, header, options, model, check_names="alignprop.families" not in header)
+    components = {*inspect.signature(reader.__init__).parameters, *own} if reader else {*COMPONENTS, *own}
+
+    def exists(name: str, path: str) -> bool:
+        names = known(name)
+        is_foreign = path.startswith(("lora_", "lycoris_", "diffusion_model."))
+        return name in components and not is_foreign and (not names or bool(found_in(path, names)))
+
+    is_ours = "alignprop.families" in header
+    found = _all_of(reader, tensors, header, options, model, None if is_ours else exists)
     denoiser = header.get("alignprop.denoiser", "")
     if denoiser == "transformer_2" and found.keys() == {"transformer"}:  # ComfyUI's file of the second one
         return {denoiser: found["transformer"]}
@@ -226,9 +241,11 @@ def _all_of(
     header: Mapping[str, str],
     options: dict[str, Any],
     model: Model,
-    check_names: bool = False,
+    exists: Callable[[str, str], bool] | None,
 ) -> Layers:
     """Every layer of the file, by component, or ValueError: nothing is dropped in silence."""
+    if BESIDE in header:
+        settings_of(header, "")  # refuses another kind of adapter by its name, before one of its keys is found unknown
     in_file = check(tensors).layers
     # Alphas of the layers' own come first; converters fold them in.
     said = {} if any("alpha" in parts for parts in in_file.values()) else header
@@ -248,8 +265,8 @@ def _all_of(
             found = _sorted(state, said, model)
         except Exception as error:  # converters fail in any way, and name keys of their own
             raise model.missing(unknown) from error
-        if check_names:
-            _check_names(found, unknown, model)
+        if exists is not None:
+            _check_names(found, unknown, model, exists)
     if sum(map(len, found.values())) < len(in_file):
         raise ValueError("some of its keys name the same layer, or one that this model has not")
     return {name: found[name] for name in sorted(found, key=lambda name: (is_text(name), name))}
@@ -264,13 +281,12 @@ def _component_told(header: Mapping[str, str], model: Model) -> str:
     return ""
 
 
-def _check_names(found: Layers, unknown: Sequence[str], model: Model) -> None:
-    """Raises UnknownLayerError for names that no converter has understood."""
-    for name, layers in found.items():
-        names = model.names(name)
-        for path in layers:
-            if (names and not found_in(path, names)) or path.startswith(("lora_", "lycoris_", "diffusion_model.")):
-                raise model.missing(unknown)
+def _check_names(found: Layers, unknown: Sequence[str], model: Model, exists: Callable[[str, str], bool]) -> None:
+    """Raises UnknownLayerError for names that the converter left as they were or changed to those of no layer."""
+    wrong = [path for name, layers in found.items() for path in layers if not exists(name, path)]
+    if wrong:  # told by their names in the file
+        ends = tuple(re.sub(r"[._]", "", path) for path in wrong)
+        raise model.missing([name for name in unknown if re.sub(r"[._]", "", name).endswith(ends)] or unknown)
 
 
 def _converted(reader: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:

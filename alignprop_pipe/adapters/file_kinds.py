@@ -23,7 +23,7 @@ ADAPTERS = (
     (r"\.lora_mid\.", "a LoCon with a third matrix (Tucker)", LYCORIS),
     (r"\.[wb]_norm$", "changed norms beside a LoRA", "LyCORIS and ComfyUI read it"),
     (r"\.diff(_b)?$|\.(set|reshape)_weight$",
-     "whole weights or biases beside a LoRA, as ComfyUI's own training and extracted files have them",
+     "whole weights or biases (diff, diff_b), as ComfyUI's own training and extracted files have them",
      "ComfyUI's 'Load LoRA' reads it"),
     (r"^transformer\.\w+\.\d+\.(attn\.)?norm\w*(\.linear)?\.(weight|bias)$", "changed norms beside a LoRA",
      "diffusers reads it for Flux's control LoRAs"),

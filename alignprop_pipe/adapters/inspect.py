@@ -104,7 +104,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
         targets=_counted(_kind(path) for part in layers.values() for path in part),
         dtypes=_counted(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
         blocks=tuple(_blocks(layers)),
-        programs=verdicts(family, list(in_file.layers), header, of_diffusers, missing),
+        programs=verdicts(family, list(in_file.layers), header, of_diffusers, missing, next(_faults(in_file), "")),
         problems=tuple(_problems(tensors, header, family, in_file, layers, unreadable)),
         metadata=dict(header),
     )
@@ -224,11 +224,15 @@ def _faulty_keys(in_file: FileLayers) -> Iterator[str]:
     if in_file.unknown:
         count = len(in_file.unknown)
         yield f"{count} {'key is' if count == 1 else 'keys are'} not understood: {said_of_unknown(in_file.unknown)}"
-    faults = [f"{name} {fault}" for name, parts in in_file.layers.items() if (fault := problem_of(parts))]
-    if faults:
+    if faults := list(_faults(in_file)):
         yield f"{len(faults)} of its layers are faulty: {faults[0]}"
     if twice := duplicates(in_file.layers):
         yield f"{' and '.join(twice)} are the same layer"
+
+
+def _faults(in_file: FileLayers) -> Iterator[str]:
+    """The layers whose matrices are damaged, each with what is wrong with them."""
+    return (f"{name} {fault}" for name, parts in in_file.layers.items() if (fault := problem_of(parts)))
 
 
 def _without_effect(layers: Layers) -> Iterator[str]:

@@ -60,7 +60,8 @@ def unknown_to_comfyui(family: str, layers: Sequence[str]) -> list[str] | None:
 
 def _comfyui_knows(family: str, name: str) -> bool:
     if place_of(name).component.startswith("text_encoder"):
-        return _TEXT.match(name) is not None and _TEXT_UNKNOWN.match(name) is None
+        unknown = family in UNETS and name.startswith("lora_te3_")  # a third encoder, which no UNet has
+        return _TEXT.match(name) is not None and _TEXT_UNKNOWN.match(name) is None and not unknown
     return COMFYUI[family].match(name) is not None
 
 
@@ -70,6 +71,7 @@ def verdicts(
     header: Mapping[str, str],
     of_diffusers: tuple[bool | None, str],
     missing: Collection[str] = (),
+    faulty: str = "",
 ) -> tuple[Verdict, ...]:
     """What diffusers, ComfyUI and AUTOMATIC1111 do with a file.
 
@@ -79,12 +81,12 @@ def verdicts(
         header: its texts.
         of_diffusers: what `stock_loading` says, and why.
         missing: those of `layers` that the model has not, as far as it is known here.
+        faulty: the first layer whose matrices are damaged, and what is wrong with them.
     """
-    return (
-        Verdict("diffusers", *of_diffusers),
-        _comfyui(family, layers, missing),
-        _automatic(family, layers, header, missing),
-    )
+    others = (_comfyui(family, layers, missing), _automatic(family, layers, header, missing))
+    if faulty:  # each of them leaves such a layer out or stops there
+        others = tuple(Verdict(other.program, False, other.reason if not other.loads else faulty) for other in others)
+    return Verdict("diffusers", *of_diffusers), *others
 
 
 def _comfyui(family: str, layers: Sequence[str], missing: Collection[str]) -> Verdict:

@@ -5,13 +5,14 @@ weights, so that every model is there at no cost; what it holds afterwards is wh
 """
 
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.state_dict_utils import (
@@ -31,7 +32,7 @@ from alignprop_pipe.seeds import SeededDraws
 
 UNKNOWN = "the model is not known"
 NAME = "inspected"
-CONFIG = SimpleNamespace(layers_per_block=2, image_dim=None, in_channels=0)
+CONFIG = FrozenDict(layers_per_block=2, image_dim=None, in_channels=0)
 """What loaders ask of a network's configuration: how blocks of SDXL's original layout are numbered, Wan's pictures."""
 TOLERANCE = 0.01
 """Of the size of a layer's change; half precision rounds a product of two matrices less."""
@@ -63,12 +64,25 @@ def said_of_diffusers(base: Base, file: Path, tensors: Mapping[str, Tensor], lay
             pipe = _skeleton(reader, source, base)
             pipe.load_lora_weights(source, adapter_name=NAME)
     except Exception as error:  # loaders fail in any way on names and shapes that they do not expect
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return False, f"load_lora_weights raises: {reason[:300]}"
+        return False, f"load_lora_weights raises an error: {_reason(error)}" + (f"; {WAY_OUT}" if layers else "")
     finally:
         diffusers_logging.set_verbosity(verbosity)
     applied = {name: _applied(network) for name, network in pipe.parts.items()}
     return _compared(applied, layers, len(layers_of(tensors).layers), any("dora_scale" in key for key in tensors))
+
+
+def _reason(error: Exception) -> str:
+    """What an error of the loader says about the file: errors of Python and torch name only the line that failed."""
+    text, kind = " ".join(str(error).split())[:300].rstrip(".:"), type(error).__name__
+    if isinstance(error, RuntimeError) and re.match(r"chunk expects|split_with_sizes|split expects", text):
+        return f"it splits fused layers (query, key and value in one), and cannot split these or their alphas ({text})"
+    if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict"):
+        return "a matrix does not have the shape that its layer needs"
+    if "'model_type'" in text:
+        return "the settings in the header name no target_modules, and PEFT knows none for this model"
+    if isinstance(error, LookupError | AttributeError | TypeError | AssertionError | RuntimeError):
+        return f"its conversion of names does not expect this file ({f'{kind}: {text}' if text else kind})"
+    return text or kind
 
 
 def _compared(applied: Layers, layers: Layers, in_file: int, without_scales: bool) -> tuple[bool, str]:
