@@ -9,9 +9,9 @@ from miniatures import FAMILIES
 from torch import Tensor
 
 from alignprop_pipe.adapters.adapter import Adapter
-from alignprop_pipe.adapters.export_keys import clip_path
 from alignprop_pipe.adapters.factors import Factors, Layers
 from alignprop_pipe.adapters.header import base_of
+from alignprop_pipe.adapters.model_layers import clip_path
 from alignprop_pipe.diffusion.lora import attention_linears
 
 DENOISERS = ("unet", "transformer")

@@ -23,7 +23,10 @@ from alignprop_pipe.adapters import files as adapter_files
 from alignprop_pipe.adapters import header as export_header
 from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.adapters.apply import load_adapter, read_metadata, save_adapter
-from alignprop_pipe.adapters.export_keys import Factors, comfyui_keys, diffusers_keys, layers_from
+from alignprop_pipe.adapters.export_keys import comfyui_keys, diffusers_keys
+from alignprop_pipe.adapters.factors import Factors
+from alignprop_pipe.adapters.reading import layers_from
+from alignprop_pipe.diffusion import lora
 from alignprop_pipe.diffusion.lora import ADAPTER_NAME, TRAINED, attention_linears, mark
 from alignprop_pipe.errors import AdapterError, RunError
 
@@ -376,7 +379,7 @@ DAMAGES = {
     _text: "it is a web page",
     _pickle: "safetensors",
     _other_model: "load it into StableDiffusionXLPipeline",
-    _no_layers: "load it into",
+    _no_layers: "is empty: it holds no LoRA",
     _not_a_lora: "holds no LoRA",
     _one_half: "load it into",
     _nan: "NaN",
@@ -456,7 +459,7 @@ def test_a_failure_while_loading_leaves_the_base(adapter: Path, monkeypatch: pyt
     def fails(part, names, weights) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(apply, "set_weights_and_activate_adapters", fails)
+    monkeypatch.setattr(lora, "set_weights_and_activate_adapters", fails)
     pipe = fresh()
     with pytest.raises(AdapterError, match="none left"):
         load_adapter(pipe, adapter)

@@ -9,7 +9,7 @@ import torch
 from adapters import made
 from diffusers import DiffusionPipeline
 from miniatures import FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -172,7 +172,7 @@ def _empty(adapter: Adapter) -> Adapter:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (_other_model, "of its layers do not fit, the first"),
+        (_other_model, "layers do not fit, the first"),
         (_of_some_steps, r"a window of the denoising steps alone \(0\.0-0\.6\)"),
         (_other_component, "does not exist there"),
         (_empty, "it is empty"),
@@ -182,6 +182,15 @@ def test_adapters_that_cannot_be_merged(change: Any, match: str, tmp_path: Path)
     with pytest.raises(AdapterError, match=match):
         merge(FAMILIES["sd15"].make(), change(made("sd15")), tmp_path / "merged")
     assert not list(tmp_path.iterdir())
+
+
+def test_half_of_an_adapter_is_not_merged_into_the_other_denoiser(tmp_path: Path) -> None:
+    """ComfyUI's file of a second denoiser has the names of the first."""
+    (file,) = made("wan").save(tmp_path / "a.safetensors", format="comfyui")
+    save_file(load_file(file), tmp_path / "half.safetensors", {"alignprop.denoiser": "transformer_2"})
+    with pytest.raises(AdapterError, match="the half of an adapter"):
+        merge(FAMILIES["wan"].make(), tmp_path / "half.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_is_no_lora(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 from alignprop_pipe import load_adapter
 from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.adapters.checkpoint import unet_weights
-from alignprop_pipe.adapters.export_keys import COMPONENTS
 from alignprop_pipe.adapters.factors import Factors
 from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.adapters.keys import PIPELINES, UNETS
 from alignprop_pipe.adapters.model_layers import found_in, names_for, names_in
 from alignprop_pipe.adapters.naming import original_unet
+from alignprop_pipe.adapters.reading import COMPONENTS
 from alignprop_pipe.diffusion.single_file import CONFIGS
 from alignprop_pipe.errors import AdapterError
 

@@ -15,11 +15,11 @@ from random_adapters import by_peft, draw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_pipe.adapters import merge, mix, strength
+from alignprop_pipe.adapters import merge, mix
 from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.adapters.apply import load_adapter
-from alignprop_pipe.adapters.files import read_file
 from alignprop_pipe.adapters.inspect import inspect_adapter
+from alignprop_pipe.adapters.reading import open_adapter
 from alignprop_pipe.errors import AdapterError
 
 Q, V = ".*attn1\\.to_q", "attn2.to_v"
@@ -168,7 +168,7 @@ def test_our_own_files_are_in_no_doubt(tmp_path: Path) -> None:
     forms: tuple[Any, ...] = ("diffusers", "comfyui", "kohya")
     for form in forms:
         (file,) = made("flux").save(tmp_path / f"{form}.safetensors", format=form)
-        assert strength.doubts(*read_file(file)) == []
+        assert open_adapter(file).doubts == ()
 
 
 # --- what is no plain LoRA, and settings that lie --------------------------------------------------------------------

@@ -11,22 +11,18 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from alignprop_pipe.adapters import files as adapter_files
-from alignprop_pipe.adapters import strength
 from alignprop_pipe.adapters.export_keys import (
     comfyui_keys,
     comfyui_text_keys,
-    common_shape,
     diffusers_keys,
-    is_text,
     kohya_keys,
     kohya_text_keys,
-    layers_alone,
-    layers_in,
-    networks,
 )
-from alignprop_pipe.adapters.factors import Factors, Layers
+from alignprop_pipe.adapters.factors import Factors, Layers, common_shape
 from alignprop_pipe.adapters.header import Base, base_of, carried, header_for
-from alignprop_pipe.adapters.resolve import local_file
+from alignprop_pipe.adapters.model_layers import is_text
+from alignprop_pipe.adapters.pipeline_layers import layers_in, networks
+from alignprop_pipe.adapters.reading import open_adapter
 from alignprop_pipe.diffusion import window
 from alignprop_pipe.errors import AdapterError
 from alignprop_pipe.files import write_whole
@@ -62,9 +58,6 @@ class Adapter(Mapping[str, Tensor]):
 
         PEFT's settings beside the file (adapter_config.json) count, and what stays in doubt of its strength is told.
 
-        A file that comes in is data: its header is checked against its size before anything is allocated, and keys,
-        shapes, ranks and numbers before anything is used.
-
         Args:
             path: a safetensors file, a folder of a run, of PEFT or of diffusers, or a name on the Hub, "me/name"; what
                 is here goes first.
@@ -74,18 +67,8 @@ class Adapter(Mapping[str, Tensor]):
         Raises:
             AdapterError: the file is missing, damaged, a pickle, or holds something else than a LoRA.
         """
-        source = adapter_files.located(local_file(path, revision))
-        tensors, header = adapter_files.read_file(source, allow_pickle=allow_pickle)
-        try:
-            base = Base.of_file(tensors, header)
-            layers = layers_alone(base, tensors, header)
-        except Exception as error:  # diffusers' converters fail in any way on keys that they do not expect
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise AdapterError(f"{source.name} holds no LoRA that can be read ({reason})") from error
-        if not layers:
-            raise AdapterError(f"{source.name} is empty: it holds no LoRA")
-        strength.tell_doubts(source.name, tensors, header)
-        return cls(layers, base, header, run_of(source))
+        found = open_adapter(path, revision, allow_pickle=allow_pickle)
+        return cls(found.layers(), found.base, found.header, run_of(found.path))
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, metadata: Mapping[str, str] | None = None) -> "Adapter":

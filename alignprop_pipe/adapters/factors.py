@@ -1,5 +1,7 @@
 """The low-rank change of one layer, as every file and program has it: two matrices and a number."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,3 +35,8 @@ class Factors:
 
 Layers = dict[str, dict[str, Factors]]
 """Factors by component ("unet", "transformer", "transformer_2", "text_encoder") and by the layer's name in it."""
+
+
+def common_shape(layers: Mapping[str, Factors]) -> tuple[int, float]:
+    """The rank and alpha that most layers have."""
+    return Counter((factors.rank, factors.alpha) for factors in layers.values()).most_common(1)[0][0]

@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from alignprop_pipe.adapters import files, strength
-from alignprop_pipe.adapters.export_keys import layers_alone
+from alignprop_pipe.adapters import strength
 from alignprop_pipe.adapters.factors import Factors, Layers
 from alignprop_pipe.adapters.file_kinds import said_of_unknown
-from alignprop_pipe.adapters.header import Base
-from alignprop_pipe.adapters.keys import FileLayers, duplicates, layers_of, place_of, problem_of
+from alignprop_pipe.adapters.keys import FileLayers, duplicates, place_of, problem_of
 from alignprop_pipe.adapters.naming import UnknownLayerError
 from alignprop_pipe.adapters.programs import Verdict, hidden_by, unknown_to_comfyui, verdicts
-from alignprop_pipe.adapters.resolve import local_file
+from alignprop_pipe.adapters.reading import AdapterFile, first_line, open_adapter
 from alignprop_pipe.adapters.stock_loading import said_of_diffusers
 from alignprop_pipe.config.choices import window_from_text
 from alignprop_pipe.errors import AdapterError, ConfigError
@@ -80,19 +77,18 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     Raises:
         AdapterError: the file is missing, cut off, damaged, a pickle, or no LoRA.
     """
-    source = files.located(local_file(path))
-    tensors, header = files.read_file(source, allow_pickle=allow_pickle, finite=False)
-    if not tensors:
-        raise AdapterError(f"{source.name} is empty: it holds no LoRA")
-    base, in_file = Base.of_file(tensors, header), layers_of(tensors)
-    layers, unreadable, missing = _readable(tensors, header, base, in_file)
+    file = open_adapter(path, allow_pickle=allow_pickle, finite=False)
+    base, header, in_file = file.base, file.header, file.in_file
+    if not file.tensors:
+        raise AdapterError(f"{file.name} is empty: it holds no LoRA")
+    layers, unreadable, missing = _readable(file)
     all_layers = [factors for part in layers.values() for factors in part.values()]
     family = next(iter(base.families.values()), "")
-    of_diffusers = said_of_diffusers(base, source, tensors, {} if unreadable else layers)
+    of_diffusers = said_of_diffusers(file, {} if unreadable else layers)
     return Inspection(
-        file=source.name,
-        sha256=sha256_of(source),
-        size=source.stat().st_size,
+        file=file.name,
+        sha256=sha256_of(file.path),
+        size=file.path.stat().st_size,
         format=_format(in_file),
         base_model=base.base_model,
         base_class=base.base_class,
@@ -102,10 +98,10 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
         ranks=_counted(factors.rank for factors in all_layers),
         alphas=_counted(factors.alpha for factors in all_layers),
         targets=_counted(_kind(path) for part in layers.values() for path in part),
-        dtypes=_counted(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
+        dtypes=_counted(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()),
         blocks=tuple(_blocks(layers)),
         programs=verdicts(family, list(in_file.layers), header, of_diffusers, missing, next(_faults(in_file), "")),
-        problems=tuple(_problems(tensors, header, family, in_file, layers, unreadable)),
+        problems=tuple(_problems(file, family, layers, unreadable)),
         metadata=dict(header),
     )
 
@@ -122,17 +118,15 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _readable(
-    tensors: dict[str, Tensor], header: Mapping[str, str], base: Base, in_file: FileLayers
-) -> tuple[Layers, str, tuple[str, ...]]:
+def _readable(file: AdapterFile) -> tuple[Layers, str, tuple[str, ...]]:
     """The layers, by diffusers' names where the file can be read, else by its own; why not, and names of no layer."""
     try:
-        return layers_alone(base, tensors, header), "", ()
+        return file.sorted_layers(), "", ()
     except Exception as error:  # converters fail in any way on keys that they do not expect
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         missing = error.names if isinstance(error, UnknownLayerError) else ()
     found: Layers = {}
-    for name, parts in in_file.layers.items():
+    for name, parts in file.in_file.layers.items():
         if not problem_of(parts):
             place, rank = place_of(name), parts["down"].shape[0]
             alpha = float(parts["alpha"]) if "alpha" in parts else float(rank)
@@ -190,15 +184,9 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def _problems(
-    tensors: Mapping[str, Tensor],
-    header: Mapping[str, str],
-    family: str,
-    in_file: FileLayers,
-    layers: Layers,
-    unreadable: str,
-) -> Iterator[str]:
-    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+def _problems(file: AdapterFile, family: str, layers: Layers, unreadable: str) -> Iterator[str]:
+    header, in_file = file.header, file.in_file
+    broken = [key for key, tensor in file.tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         yield f"{len(broken)} tensors hold NaN or infinity, the first {broken[0]}: a failed run saved it"
     yield from _faulty_keys(in_file)
@@ -207,7 +195,7 @@ def _problems(
     if unreadable:
         yield f"this package does not load it: {unreadable}"
     yield from _alphas(in_file, header, layers)
-    yield from strength.doubts(tensors, header)
+    yield from file.doubts
     yield from _window(header)
     dropped = unknown_to_comfyui(family, list(in_file.layers)) or []
     if 0 < len(dropped) < len(in_file.layers):

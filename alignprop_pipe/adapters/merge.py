@@ -13,13 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from alignprop_pipe.adapters import files, strength
 from alignprop_pipe.adapters.adapter import Adapter
+from alignprop_pipe.adapters.apply import adapter_for, check_fits
 from alignprop_pipe.adapters.checkpoint import write_checkpoint
-from alignprop_pipe.adapters.export_keys import layers_from, misfit, named_for, networks
 from alignprop_pipe.adapters.factors import Factors, Layers
 from alignprop_pipe.adapters.header import public_id
-from alignprop_pipe.adapters.resolve import local_file
+from alignprop_pipe.adapters.pipeline_layers import networks
 from alignprop_pipe.diffusion import lora
 from alignprop_pipe.errors import AdapterError, RunError
 from alignprop_pipe.sources import exists
@@ -116,35 +115,14 @@ def fused_weight(weight: Tensor, factors: Factors, scale: float = 1.0) -> Tensor
 
 def _fitting(pipe: DiffusionPipeline, adapter: "str | Path | Adapter") -> Layers:
     """The layers by the paths that they have in `pipe`."""
-    if isinstance(adapter, Adapter):
-        layers, header = named_for(pipe, adapter.layers), adapter.metadata
-    else:
-        file = files.located(local_file(adapter))
-        tensors, header = files.read_file(file)
-        try:
-            layers = layers_from(pipe, tensors, header)
-        except Exception as error:  # diffusers' converters fail in any way on keys that they do not expect
-            raise AdapterError(f"{file.name} holds no LoRA that {type(pipe).__name__} can read ({error})") from error
-        strength.tell_doubts(file.name, tensors, header)
-    window = header.get("alignprop.window") or header.get("window")
-    if window:
+    taken = adapter_for(pipe, adapter)
+    if window := taken.window:
         raise AdapterError(
-            f"this adapter works in a window of the denoising steps alone ({window}), which weights cannot say; "
+            f"{taken.name} works in a window of the denoising steps alone ({window}), which weights cannot say; "
             "export it as a file of its own"
         )
-    parts = networks(pipe)
-    misfits = [
-        f"{name}.{path} {problem}"
-        for name, network_layers in layers.items()
-        for path, factors in network_layers.items()
-        if (problem := misfit(parts[name], path, factors) if name in parts else "does not exist there")
-    ]
-    if misfits or not layers:
-        raise AdapterError(
-            f"the adapter was not made for this {type(pipe).__name__}: "
-            + (f"{len(misfits)} of its layers do not fit, the first: {misfits[0]}" if misfits else "it is empty")
-        )
-    return layers
+    check_fits(pipe, taken)
+    return taken.layers
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 
 from alignprop_pipe.adapters.factors import Factors, Layers
 from alignprop_pipe.adapters.header import Base
-from alignprop_pipe.adapters.keys import layers_of
 from alignprop_pipe.adapters.model_layers import clip_path, found_in, is_text, names_for, pipeline_class
+from alignprop_pipe.adapters.reading import AdapterFile
 from alignprop_pipe.seeds import SeededDraws
 
 UNKNOWN = "the model is not known"
@@ -39,15 +38,14 @@ TOLERANCE = 0.01
 WAY_OUT = "export it with --to diffusers"
 
 
-def said_of_diffusers(base: Base, file: Path, tensors: Mapping[str, Tensor], layers: Layers) -> tuple[bool | None, str]:
+def said_of_diffusers(file: AdapterFile, layers: Layers) -> tuple[bool | None, str]:
     """Whether the stock pipeline's `load_lora_weights` applies the whole file at its strength, and why not.
 
     Args:
-        base: the model that the file is for, of which the pipeline class of diffusers and the denoisers are asked.
-        file: where it lies; the loader reads header and tensors from there. A pickle is taken from `tensors`.
-        tensors: what is in it.
+        file: what is in it; the loader reads it anew from its path, but for a pickle.
         layers: the same as this package reads it; empty where it does not.
     """
+    base, tensors = file.base, file.tensors
     base_class, reader = base.base_class, pipeline_class(base.base_class)
     if reader is None:
         return None, UNKNOWN
@@ -55,7 +53,7 @@ def said_of_diffusers(base: Base, file: Path, tensors: Mapping[str, Tensor], lay
         return False, f"{base_class} has no load_lora_weights; AlignPropPipeline.load_adapter reads it"
     if any(".lokr_" in key for key in tensors):
         return None, "whether it reads this LoKr is not known here"
-    source: Any = str(file) if file.suffix == ".safetensors" else dict(tensors)
+    source: Any = str(file.path) if file.path.suffix == ".safetensors" else dict(tensors)
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
@@ -68,7 +66,7 @@ def said_of_diffusers(base: Base, file: Path, tensors: Mapping[str, Tensor], lay
     finally:
         diffusers_logging.set_verbosity(verbosity)
     applied = {name: _applied(network) for name, network in pipe.parts.items()}
-    return _compared(applied, layers, len(layers_of(tensors).layers), any("dora_scale" in key for key in tensors))
+    return _compared(applied, layers, len(file.in_file.layers), any("dora_scale" in key for key in tensors))
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,6 @@ into words.
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from alignprop_pipe.adapters.keys import MOST_ALPHA, layers_of, place_of
-
-logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 MOST_CONFIG = 4_000_000
@@ -123,12 +120,6 @@ def settings_of(header: Mapping[str, str], component: str, *, sole: bool = True)
     )
 
 
-def tell_doubts(called: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Warn, where a file is used, of what `doubts` finds."""
-    for doubt in doubts(tensors, header):
-        logger.warning("%s: %s", called, doubt)
-
-
 def folded(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors with their strength in the up matrices, in float32: for names that a converter changes later."""
     found = dict(tensors)
@@ -156,9 +147,13 @@ def other_kind(config: Mapping[str, Any]) -> str:
     return next((what for option, what in _OTHER_FORWARD.items() if config.get(option)), "")
 
 
-def doubts(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> list[str]:
-    """Why the strength of a file may be another than the one that it gets here, in sentences; empty as a rule."""
-    layers = layers_of(tensors).layers
+def doubts(layers: Mapping[str, Mapping[str, Tensor]], header: Mapping[str, str]) -> list[str]:
+    """Why the strength of a file may be another than the one that it gets here, in sentences; empty as a rule.
+
+    Args:
+        layers: name in the file -> "down", "up" and maybe "alpha".
+        header: its texts.
+    """
     if OURS in header or not layers:
         return []
     try:

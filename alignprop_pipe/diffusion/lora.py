@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft import LoraConfig, inject_adapter_in_model
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils.peft_utils import (
+    recurse_remove_peft_layers,
+    set_adapter_layers,
+    set_weights_and_activate_adapters,
+)
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -121,6 +127,66 @@ def _attach_one(name: str, denoiser: nn.Module, options: LoraOptions, targets: l
         parameter.requires_grad_(was)
     for parameter in _parameters(denoiser):
         parameter.data = parameter.data.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What an adapter puts on one network: PEFT's settings, and its tensors by PEFT's names (`path.lora_A.weight`)."""
+
+    settings: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def attach_weights(
+    pipe: DiffusionPipeline,
+    networks: Mapping[str, nn.Module],
+    adapter: Mapping[str, Weights],
+    scale: float,
+    source: str,
+) -> None:
+    """Put an adapter with known weights on the networks that it names, active at `scale`; others are switched off.
+
+    An adapter of ours in any of `networks` is replaced. After an error none of ours is left.
+
+    Args:
+        pipe: the pipeline of `networks`, whose offloading hooks diffusers keeps.
+        networks: all of its networks, by name.
+        adapter: what each network gets, by its name.
+        scale: strength, 1.0 as trained.
+        source: where it came from, for `held`.
+    """
+    required = [(parameter, parameter.requires_grad) for part in networks.values() for parameter in part.parameters()]
+    detach(networks)
+    try:
+        for name, weights in adapter.items():
+            _inject(pipe, networks[name], weights)
+            mark(networks[name], source)
+            set_adapter_layers(networks[name], enabled=True)
+        for network in networks.values():
+            set_weights_and_activate_adapters(network, [ADAPTER_NAME], [scale])
+    except BaseException:
+        detach(networks)
+        raise
+    finally:
+        for parameter, was in required:
+            parameter.requires_grad_(was)
+
+
+def _inject(pipe: DiffusionPipeline, network: nn.Module, weights: Weights) -> None:
+    config = dict(weights.settings)
+    # New layers draw weights that are overwritten: not from the random numbers of the process.
+    with warnings.catch_warnings(), SeededDraws(0):
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # other adapters may stay
+        if isinstance(network, PeftAdapterMixin):
+            load: Any = network.load_lora_adapter  # whose prefix may be None, against its annotation
+            load(weights.tensors, prefix=None, adapter_name=ADAPTER_NAME, metadata=config, _pipeline=pipe)
+        else:  # a text encoder, or a denoiser to which diffusers gives no such method
+            inject_adapter_in_model(LoraConfig(**config), network, ADAPTER_NAME, state_dict=weights.tensors)
+            set_peft_model_state_dict(network, weights.tensors, ADAPTER_NAME)
+            network._hf_peft_config_loaded = True  # type: ignore[assignment]  # as diffusers and transformers mark it
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.train(network.training)
 
 
 def _active(network: nn.Module) -> list[str]:
