@@ -137,7 +137,8 @@ class Page:
 
     def press_run(self) -> None:
         self.page.evaluate("() => { window.seenEvents.length = 0; }")
-        self.page.locator("[data-testid=queue-button] button").first.click()
+        # The button itself since frontend 1.49, a button inside before.
+        self.page.locator("[data-testid=queue-button]").locator("xpath=descendant-or-self::button").first.click()
 
     def events(self, kind: str = "") -> list[Any]:
         """What the page heard since Run was pressed: of one kind the details, else pairs."""
