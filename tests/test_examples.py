@@ -109,7 +109,7 @@ def test_objectives_are_measured_mixed_and_written_down(tmp_path: Path, monkeypa
 def test_every_objective_can_be_read() -> None:
     objectives = runpy.run_path(str(EXAMPLES / "objectives" / "objectives.py"))["OBJECTIVES"]
     for objective in objectives.values():
-        assert str(parse_reward(objective.reward)) == objective.reward
+        assert str(parse_reward(objective.reward, allow_code=True)) == objective.reward
         assert not objective.too_far or str(parse_reward(objective.too_far)) == objective.too_far
 
 

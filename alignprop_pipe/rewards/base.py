@@ -8,15 +8,17 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from alignprop_pipe.errors import RewardError, RewardGradientError, RewardShapeError
 from alignprop_pipe.records import Images, Rewards, Scores, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 
 
 class Reward:
@@ -25,6 +27,8 @@ class Reward:
     Calling a reward gives `Scores`: the total, with its gradient, and the parts for the log, without.
     """
 
+    entry: ClassVar[RewardEntry | None] = None
+    """What lists say of it: what it measures, its range, weights and licence. None: it is not listed."""
     name: str
     """The part's name in the log, and the reward's name in an expression."""
     trainable: bool = True
@@ -41,6 +45,9 @@ class Reward:
         super().__init_subclass__(**kwargs)
         if not hasattr(cls, "name"):
             cls.name = cls.__name__.lower()
+        carried = vars(cls).get("entry")
+        where = f"{cls.__module__}:{cls.__qualname__}"
+        cls.entry = None if carried is None else replace(carried, name=cls.name, where=where)
 
     def __new__(cls, *args: Any, **kwargs: Any):
         made = super().__new__(cls)

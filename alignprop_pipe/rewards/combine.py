@@ -15,6 +15,7 @@ from torch import Tensor
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Scores, Targets
 from alignprop_pipe.rewards.base import Combination, Reward
+from alignprop_pipe.rewards.entries import RewardEntry
 
 SCORED_AT_ONCE = 8
 
@@ -110,6 +111,12 @@ class ZScore(Measured):
     """
 
     name = "zscore"
+    entry = RewardEntry(
+        summary="a reward in standard deviations from the base model's mean, measured at the start: zscore(clip)",
+        licence="no weights",
+        range_text="about -3 to 3 for the base model's pictures",
+        combines=True,
+    )
 
     def __init__(self, reward: Reward, mean: float | int | None = None, std: float | int | None = None) -> None:
         self.reward = only_reward(self.name, reward)
@@ -138,6 +145,12 @@ class Scaled(Measured):
     """
 
     name = "scaled"
+    entry = RewardEntry(
+        summary="a reward between the base model's 5th and 95th percentile, measured at the start: scaled(clip)",
+        licence="no weights",
+        range_text="0 to 1 for nine in ten of the base model's pictures",
+        combines=True,
+    )
 
     def __init__(self, reward: Reward, low: float | int | None = None, high: float | int | None = None) -> None:
         self.reward = only_reward(self.name, reward)
@@ -169,6 +182,12 @@ class Min(Combination):
     """
 
     name = "min"
+    entry = RewardEntry(
+        summary="all of them at once, the smallest score counts: min(zscore(clip), zscore(jpeg))",
+        licence="no weights",
+        range_text="that of the rewards inside",
+        combines=True,
+    )
 
     def __init__(self, *rewards: Reward) -> None:
         _several(self.name, rewards)
@@ -186,6 +205,12 @@ class SoftMin(Combination):
     """
 
     name = "softmin"
+    entry = RewardEntry(
+        summary="all of them at once, smoothly: softmin(zscore(clip), zscore(jpeg), temperature=1.0)",
+        licence="no weights",
+        range_text="between the smallest of the rewards inside and their mean",
+        combines=True,
+    )
 
     def __init__(self, *rewards: Reward, temperature: float | int = 1.0) -> None:
         _several(self.name, rewards)
@@ -208,6 +233,12 @@ class ClipAbove(OfOne):
     """
 
     name = "clip_above"
+    entry = RewardEntry(
+        summary="good enough at a value, where the gradient stops: clip_above(zscore(clip), 2)",
+        licence="no weights",
+        range_text="that of the reward inside, up to the value",
+        combines=True,
+    )
 
     def __init__(self, reward: Reward, value: float | int) -> None:
         self.reward = only_reward(self.name, reward)
@@ -224,6 +255,12 @@ class Watch(Combination):
     """
 
     name = "watch"
+    entry = RewardEntry(
+        summary="logged in training, never trained on: clip + watch(jpeg)",
+        licence="no weights",
+        range_text="0; what it watches is logged",
+        combines=True,
+    )
 
     def __init__(self, reward: Reward) -> None:
         self.reward = only_reward(self.name, reward)

@@ -3,6 +3,7 @@
 Importing this module loads no torch.
 """
 
+import dataclasses
 import difflib
 import inspect
 import logging
@@ -59,14 +60,15 @@ def register(
     *,
     summary: str = "",
     range_text: str = "",
-    licence: str = "yours",
+    licence: str = "",
     replace: bool = False,
 ) -> Any:
     """Give a reward of your own a name for expressions: `@register("warmth")`, or `register("warmth", reward)`.
 
     `reward` is a function of images (and prompts, and targets), whose other arguments are given by keyword; a subclass
     of `Reward`, whose `name` becomes this one; or a reward that is made already, for whose expression the name is
-    short. The texts are for the list; `summary` is the first line of the docstring if none is given. Returns `reward`.
+    short. The texts are for the list. Where they are not given, a class's own `entry`
+    says them, else `summary` is the first line of the docstring. Returns `reward`.
 
     Raises RewardError for a name that is taken (by a reward of your own: `replace=True` puts this in its place; the
     same function from the same file always does) or that cannot stand in an expression.
@@ -95,14 +97,10 @@ def register(
             f"register({name!r}, ...) got {type(reward).__name__}; a function of images or a Reward is needed"
         )
     first_line = str(reward) if isinstance(reward, Reward) else (inspect.getdoc(reward) or "").partition("\n")[0]
-    REGISTRY[name] = RewardEntry(
-        name=name,
-        summary=summary or first_line,
-        licence=licence,
-        where=where,
-        range_text=range_text,
-        registered=made_by,
-    )
+    carried = getattr(reward, "entry", None) or RewardEntry(summary=first_line, licence="yours")
+    given = {"summary": summary, "range_text": range_text, "licence": licence}
+    given = {field: text for field, text in given.items() if text}
+    REGISTRY[name] = dataclasses.replace(carried, **given, name=name, where=where, registered=made_by)
     return reward
 
 

@@ -7,6 +7,7 @@ from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Scores, Targets
 from alignprop_pipe.rewards.base import Reward, merge_parts
 from alignprop_pipe.rewards.combine import OfOne, number_for, only_reward
+from alignprop_pipe.rewards.entries import RewardEntry
 
 MOST_VIEWS = 64
 
@@ -26,6 +27,12 @@ class Smooth(OfOne):
     """
 
     name = "smooth"
+    entry = RewardEntry(
+        summary="harder to fool, the mean over moved and noisy views of each picture: smooth(clip, views=4)",
+        licence="no weights",
+        range_text="that of the reward inside",
+        combines=True,
+    )
 
     def __init__(self, reward: Reward, views: int = 4, noise: float | int = 0.08, shift: float | int = 0.0625) -> None:
         self.reward = only_reward(self.name, reward)

@@ -56,6 +56,14 @@ class SeesDog(AttributeJudge):
         return {}
 
 
+SMOOTH_CLIP = parse_reward("smooth(clip)")
+
+
+def clip_as_cats(images: Tensor, prompts: list[str]) -> Tensor:
+    """`smooth(clip)`, as if the prompts had asked for cats where they ask for dogs."""
+    return SMOOTH_CLIP(images, [prompt.replace("dog", "cat") for prompt in prompts]).total
+
+
 class WebP(Reward):
     """Minus the size of the picture as a WebP file (quality 80) in 1000 bytes: only watched, since it has no slope."""
 
@@ -108,10 +116,13 @@ OBJECTIVES = {
         too_far="colour",
     ),
     "compressibility": Objective(
-        "smooth(clip) + 0.5*contains + 20*jpeg", "pictures that make smaller files", FILE_SIZE | RIGHT, too_far="jpeg"
+        "smooth(clip) + 0.5*contains + 0.1*count + 24*jpeg",
+        "pictures that make smaller files",
+        FILE_SIZE | RIGHT,
+        too_far="jpeg",
     ),
     "incompressibility": Objective(
-        "smooth(clip) + 0.5*contains + 10*clip_above(-jpeg, 0.065)",
+        "smooth(clip) + 0.5*contains + 0.1*count - 10*jpeg",
         "pictures full of detail, which make larger files",
         FILE_SIZE | RIGHT,
         too_far="-jpeg",
@@ -119,7 +130,7 @@ OBJECTIVES = {
     "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT),
     "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
     "removal": Objective(
-        'clip_above(without("dog"), -0.1) + contains + 0.5*count',
+        f'clip_above(without("dog"), -0.1) + clip_above(contains, -0.1) + 0.2*count + 10*{HERE_IS}:clip_as_cats',
         "no dogs, though every prompt asks for some, and as many cats in their place",
         {"judge_sees_dog": "dogs, by the judge", "emoji_judge": "cats in the right number on the right background"},
         too_far='without("dog")',
@@ -230,7 +241,11 @@ def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
     if objective is not None and name.endswith(TOO_FAR):
         title, meant, measures = f"`{objective.too_far}`", "the reward alone", {"reward": "reward"} | objective.measures
     elif objective is not None:
-        title, meant, measures = f"`{objective.reward}`", objective.meant, {"reward": "reward"} | objective.measures
+        title, meant, measures = (
+            f"`{objective.reward.replace(HERE_IS, 'objectives.py')}`",
+            objective.meant,
+            {"reward": "reward"} | objective.measures,
+        )
     else:
         title = "half of the `alignment` adapter and half of the `compressibility` adapter"
         meant = "mixing finished adapters, beside training on the mixed reward above"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.network import NetworkReward
 from alignprop_pipe.rewards.networks.preprocess import Preprocess
 from alignprop_pipe.rewards.networks.pretrained import load_network, load_preprocessor_config, load_tokenizer
@@ -80,6 +81,13 @@ class ClipScore(TwoTowers):
     """
 
     name = "clip"
+    entry = RewardEntry(
+        summary="agreement of picture and prompt: by a CLIP or SigLIP model (the bundled one: emoji; else model=...)",
+        licence="bundled weights: Apache-2.0",
+        range_text="-1 to 1; CLIP-L on photographs: 0.2 to 0.35",
+        bundled="emoji-scorer",
+        memory_mb=2.2,
+    )
     sources = ("model",)
     for_other_pictures = "openai/clip-vit-large-patch14"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.network import NetworkReward
 from alignprop_pipe.rewards.objects.detector import Detector, load_detector
 from alignprop_pipe.rewards.objects.targets import Columns, absent_for, counts_for, counts_from, names_from, present_for
@@ -179,6 +180,15 @@ class Count(ObjectReward):
     """
 
     name = "count"
+    entry = RewardEntry(
+        summary='as many objects as wanted, by a detector: count("dog", 2), count({"dog": 2}), the prompt '
+        "set's columns, or the prompt's own words; for real pictures model=\"google/owlv2-base-"
+        'patch16-ensemble" (any object, 620 MB) or "hustvl/yolos-tiny" (COCO\'s 80, 26 MB)',
+        licence="bundled weights, OWLv2 and YOLOS: Apache-2.0",
+        range_text="0 (certainly right) downwards: the logarithm of a probability",
+        bundled="emoji-detector",
+        memory_mb=1.1,
+    )
 
     def __init__(
         self,
@@ -220,6 +230,15 @@ class Contains(ObjectReward):
     """
 
     name = "contains"
+    entry = RewardEntry(
+        summary='the object is there, by a detector: contains("dog"), contains(["dog", "ball"]), columns or '
+        'words; for real pictures model="google/owlv2-base-patch16-ensemble" (620 MB) or '
+        '"hustvl/yolos-tiny" (26 MB)',
+        licence="bundled weights, OWLv2 and YOLOS: Apache-2.0",
+        range_text="0 (certainly there) downwards: the logarithm of a probability",
+        bundled="emoji-detector",
+        memory_mb=1.1,
+    )
 
     def __init__(
         self,
@@ -256,6 +275,14 @@ class Without(Contains):
     """
 
     name = "without"
+    entry = RewardEntry(
+        summary='the object is not there, by a detector: without("person"), columns or words; for real '
+        'pictures model="google/owlv2-base-patch16-ensemble" (620 MB) or "hustvl/yolos-tiny" (26 MB)',
+        licence="bundled weights, OWLv2 and YOLOS: Apache-2.0",
+        range_text="0 (certainly absent) downwards: the logarithm of a probability",
+        bundled="emoji-detector",
+        memory_mb=1.1,
+    )
 
     def asked(self, prompt: str, columns: Columns, vocabulary: Collection[str] | None) -> Mapping[str, int]:
         return dict.fromkeys(self.objects or absent_for(prompt, columns, vocabulary), 0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.clip import load_towers, unit
 from alignprop_pipe.rewards.networks.network import NetworkReward
 from alignprop_pipe.rewards.networks.preprocess import Preprocess
@@ -74,6 +75,17 @@ class Aesthetic(NetworkReward):
     """
 
     name = "aesthetic"
+    entry = RewardEntry(
+        summary="how beautiful people would find the picture: LAION's aesthetic predictor v2 on CLIP-L/14",
+        licence="head: Apache-2.0; CLIP: MIT",
+        size_mb=1714,
+        range_text="about 1 to 10, most pictures 4 to 7",
+        weights=(
+            ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+            ("openai/clip-vit-large-patch14", "model.safetensors"),
+        ),
+        memory_mb=1217,
+    )
     sources = ("model", "trunk")
     reads_prompts = False
     families: tuple[str, ...] = ("clip",)
@@ -139,6 +151,15 @@ class Aesthetic25(Aesthetic):
     """
 
     name = "aesthetic2.5"
+    entry = RewardEntry(
+        summary="as aesthetic, also for drawings: aesthetic predictor v2.5 on SigLIP; model=FILE names its head",
+        licence="head: AGPL-3.0, only with accept_license=True; SigLIP: Apache-2.0",
+        size_mb=3516,
+        range_text="1 to 10; 5.5 and more is very good",
+        weights=(("google/siglip-so400m-patch14-384", "model.safetensors"),),
+        memory_mb=1713,
+        needs_acceptance="AGPL-3.0",
+    )
     families = ("siglip", "siglip_vision_model")
     part = "scoring_head"
     files = (V2_5_FILE, "model.safetensors")

@@ -16,6 +16,7 @@ from torch import Tensor
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.network import NetworkReward
 from alignprop_pipe.rewards.networks.preprocess import Preprocess
 from alignprop_pipe.rewards.networks.pretrained import (
@@ -47,6 +48,16 @@ class Ask(NetworkReward):
     """
 
     name = "ask"
+    entry = RewardEntry(
+        summary='any property that can be asked: log-odds of "yes" to "no" for ask("is the dog wearing a '
+        'hat?"); for emoji pictures model="emoji" is bundled: ask("does the picture show {prompt}?", '
+        'model="emoji")',
+        licence="BSD-3-Clause; bundled weights: Apache-2.0",
+        size_mb=1540,
+        range_text="about -10 to 10, 0 is undecided",
+        weights=(("Salesforce/blip-vqa-base", "model.safetensors"),),
+        memory_mb=1378,
+    )
     sources = ("model",)
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignprop_pipe.errors import RewardError
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.clip import TwoTowers
 from alignprop_pipe.rewards.networks.open_clip import clip_names, token_ids
 from alignprop_pipe.rewards.networks.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
@@ -35,6 +36,14 @@ class HpsV2(TwoTowers):
     """
 
     name = "hpsv2"
+    entry = RewardEntry(
+        summary="HPSv2 before version 2.1, for comparing with published numbers; the two are on different scales",
+        licence="Apache-2.0",
+        size_mb=1976,
+        range_text="cosine; 0.2 to 0.35",
+        weights=(("xswu/HPSv2", "HPS_v2_compressed.pt"), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "tokenizer.json")),
+        memory_mb=3944,
+    )
     sources = ("model", "processor")
     file = "HPS_v2_compressed.pt"
 
@@ -96,6 +105,14 @@ class HpsV21(HpsV2):
     """As `HpsV2`, trained on better data: use this one unless you compare with published numbers of v2."""
 
     name = "hpsv2.1"
+    entry = RewardEntry(
+        summary="which picture people prefer for a prompt: HPSv2.1, a CLIP ViT-H/14",
+        licence="Apache-2.0",
+        size_mb=1976,
+        range_text="cosine; 0.2 to 0.35",
+        weights=(("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "tokenizer.json")),
+        memory_mb=3944,
+    )
     file = "HPS_v2.1_compressed.pt"
 
 

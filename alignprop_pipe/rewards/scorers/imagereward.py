@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.network import NetworkReward
 from alignprop_pipe.rewards.networks.preprocess import Preprocess
 from alignprop_pipe.rewards.networks.weights import load_into, load_tensors, locate
@@ -61,6 +62,14 @@ class ImageReward(NetworkReward):
     """
 
     name = "imagereward"
+    entry = RewardEntry(
+        summary="how well people would like the picture for its prompt, learnt from their rankings (ImageReward)",
+        licence="Apache-2.0",
+        size_mb=1790,
+        range_text="about -2 to 2, 0 on average",
+        weights=(("THUDM/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")),
+        memory_mb=1707,
+    )
     sources = ("model", "tokenizer")
 
     def __init__(

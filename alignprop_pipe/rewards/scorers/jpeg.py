@@ -18,6 +18,7 @@ from torch import Tensor
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.entries import RewardEntry
 
 BLOCK = 16  # pixels: a JPEG unit with halved colour resolution
 COARSER = (1.0, 0.5, 0.25)  # shares of the quality at which the distance is measured
@@ -34,6 +35,11 @@ class Jpeg(Reward):
     """
 
     name = "jpeg"
+    entry = RewardEntry(
+        summary="compressibility: minus what JPEG loses of the picture; -jpeg asks for rich detail; logs jpeg_kb",
+        licence="no weights",
+        range_text="about -0.2 (noise) to 0 (flat)",
+    )
     reads_prompts = False
 
     def __init__(self, quality: int = 80) -> None:

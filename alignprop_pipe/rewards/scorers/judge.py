@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alignprop_pipe.bundled import bundled_path
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.networks.network import NetworkReward
 from alignprop_pipe.rewards.networks.preprocess import Preprocess
 from alignprop_pipe.rewards.networks.pretrained import load_network, load_preprocessor_config
@@ -26,6 +27,14 @@ class AttributeJudge(NetworkReward):
     """
 
     name = "emoji_judge"
+    entry = RewardEntry(
+        summary="is everything right that the emoji prompt names; a judge, never trained on",
+        licence="bundled weights: Apache-2.0",
+        judge=True,
+        range_text="1 (all of it) or 0",
+        bundled="emoji-judge",
+        memory_mb=1.3,
+    )
     sources = ("model",)
     trainable = False
     reads_prompts = False

@@ -13,6 +13,7 @@ from torch import Tensor
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.base import Reward, members
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.rewards.scorers.simple import luma
 
 MEASURES = 10
@@ -32,6 +33,12 @@ class Likeness(Reward):
     """
 
     name = "likeness"
+    entry = RewardEntry(
+        summary="is it like the base model's pictures in light, contrast, colour, detail; a judge",
+        licence="no weights",
+        judge=True,
+        range_text="0 to 1 (as the base model draws: about 0.7)",
+    )
     trainable = False
     leads = False
     reads_prompts = False

@@ -20,6 +20,7 @@ from alignprop_pipe.config.expression import REFERENCE
 from alignprop_pipe.errors import RewardError
 from alignprop_pipe.records import Images, Rewards, Scores, Targets
 from alignprop_pipe.rewards.base import Reward, check_scores, literal
+from alignprop_pipe.rewards.entries import RewardEntry
 from alignprop_pipe.sources import expanded, is_file
 
 _INPUTS = ("images", "prompts", "targets")
@@ -36,6 +37,13 @@ class PythonReward(Reward):
             folder; in Python also the function itself, a `Reward`, a `torch.nn.Module`, or a class of these two.
         options: passed on as keyword arguments.
     """
+
+    name = "python"
+    entry = RewardEntry(
+        summary="your own: module:function or file.py:function, called with images (and prompts, and targets)",
+        licence="yours",
+        range_text="that of your function",
+    )
 
     def __init__(self, source: str | Callable[..., Any], **options: Any) -> None:
         found = resolve(source) if isinstance(source, str) else source

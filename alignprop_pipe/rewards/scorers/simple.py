@@ -6,6 +6,7 @@ from torch import Tensor
 
 from alignprop_pipe.records import Images, Rewards, Targets
 from alignprop_pipe.rewards.base import Reward
+from alignprop_pipe.rewards.entries import RewardEntry
 
 
 def luma(images: Images) -> Tensor:
@@ -17,6 +18,11 @@ class Brightness(Reward):
     """Mean luma: 0 (black) to 1 (white)."""
 
     name = "brightness"
+    entry = RewardEntry(
+        summary="mean luma",
+        licence="no weights",
+        range_text="0 (black) to 1 (white)",
+    )
     reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
@@ -27,6 +33,11 @@ class Colour(Reward):
     """Colourfulness (Hasler and Suesstrunk, 2003): 0 (grey) to about 1; vivid photographs 0.4 (109 / 255)."""
 
     name = "colour"
+    entry = RewardEntry(
+        summary="colourfulness after Hasler and Suesstrunk",
+        licence="no weights",
+        range_text="0 (grey) to about 1; vivid photographs: 0.4",
+    )
     reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
@@ -41,6 +52,11 @@ class Sharpness(Reward):
     """Variance of the Laplacian of the luma: 0 (flat) to 16 (a chessboard of pixels); photographs about 0.01."""
 
     name = "sharpness"
+    entry = RewardEntry(
+        summary="variance of the Laplacian of the luma",
+        licence="no weights",
+        range_text="0 (flat) to 16 (a chessboard of pixels)",
+    )
     reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
@@ -54,6 +70,11 @@ class TotalVariation(Reward):
     """Mean absolute step to the right and lower neighbour: 0 (flat) to 2. As `-tv` it makes pictures calm."""
 
     name = "tv"
+    entry = RewardEntry(
+        summary="total variation: mean step between neighbouring pixels; -tv makes pictures calm",
+        licence="no weights",
+        range_text="0 (flat) to 2",
+    )
     reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
@@ -66,6 +87,11 @@ class Symmetry(Reward):
     """Minus the mean squared difference between a picture and its mirror image: -1 to 0 (symmetric)."""
 
     name = "symmetry"
+    entry = RewardEntry(
+        summary="minus the squared difference between left and right",
+        licence="no weights",
+        range_text="-1 to 0 (mirror-symmetric)",
+    )
     reads_prompts = False
 
     def score(self, images: Images, prompts: list[str], targets: Targets) -> Rewards:
