@@ -255,12 +255,20 @@ def test_a_picture_of_any_dtype_is_clamped_not_wrapped():
     assert to_pil(image).tobytes() == bytes(v for v in (0, 128, 255, 0) for _ in range(3))
 
 
-def test_on_a_phone_every_number_has_its_columns_name() -> None:
-    from alignprop_pipe.runs.report import _table
+def test_on_a_phone_every_number_has_its_columns_name(tmp_path) -> None:
+    report_of(tmp_path, changes={"reward": (1.0, 2.0, 1.0, 0.1)})
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    scores, *others = re.findall("<table>.*?</table>", page, flags=re.DOTALL)
+    cells = re.findall("<td([^>]*)>", scores)
+    assert len(cells) >= 7
+    assert cells.count(' data-label="score"') == len(cells) / 7
+    assert all('class="number"' in cell and "data-label" in cell for cell in cells[2:7])
+    assert not any("data-label" in other for other in others)
 
-    made = _table(("score", "before <1>"), [("clip", "0.5")], numbers_from=1)
-    assert '<td class="number" data-label="before &lt;1&gt;">0.5</td>' in made
-    assert "data-label" not in _table(("", ""), [("torch", "2")])
+
+def test_a_value_that_looks_like_a_template_stays_text(tmp_path) -> None:
+    report_of(tmp_path, changes={"{{ 7 * 7 }}{% for %}": (1.0, 2.0, 1.0, 0.1)})
+    assert "{{ 7 * 7 }}{% for %}" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium; CHROMIUM names one")

@@ -8,19 +8,36 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignprop_pipe.config.choices import loss_from_text
 from alignprop_pipe.config.settings import FIELD_PATHS, AlignConfig
-from alignprop_pipe.escaping import in_html as escape
-from alignprop_pipe.escaping import in_shell
+from alignprop_pipe.escaping import in_shell, visible
 from alignprop_pipe.files import write_whole
 from alignprop_pipe.layout import ADAPTER
 from alignprop_pipe.records import Change, Cut, Evidence, StepRecord
 from alignprop_pipe.runs.summary import warnings_of
+
+
+def data_uri(picture: bytes) -> str:
+    """A PNG or JPEG file as an address that holds the file."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+# Every value is escaped, and what nobody would see of it is written out; a name that is missing is an error.
+TEMPLATES = Environment(
+    loader=PackageLoader("alignprop_pipe.runs", "."),
+    autoescape=True,
+    finalize=lambda value: visible(value) if type(value) is str else value,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["data_uri"] = data_uri
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,33 +126,34 @@ def write_report_html(run: RunSummary, path: str | Path) -> None:
     if choice := about.get("result", {}).get("choice"):
         sentences.append(f"Kept: {choice}.")
     loss = loss_from_text(about["config"]["loss"])
-    warnings = [
-        one.text for one in warnings_of(before, after, run.changes, loss=loss, status=run.status, cuts=run.cuts)
-    ]
-    prompts = about["prompts"]
-    where = f"prompts: {prompts}" if isinstance(prompts, str) else f"{len(prompts)} prompts, listed in config.json"
-    steps = f"{len(run.records)} step{'s' * (len(run.records) != 1)}"
-    page = Template(resources.files("alignprop_pipe.runs").joinpath("report_template.html").read_text(encoding="utf-8"))
-    values = {
-        "title": escape(f"{about['model'] or 'A pipeline'} aligned to {about['reward']}"),
-        "subtitle": escape(f"{steps} · {run.status} · started {about['started']} · {run.folder}"),
-        "warnings": "".join(f'<div class="card warn" role="alert"><b>Warning.</b> {escape(w)}</div>' for w in warnings),
-        "summary": "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
-        "numbers": _numbers(run),
-        "curve": _curve(run),
-        "pairs": _pairs(run),
-        "scores": _scores(run),
-        "command": escape(about["command"]),
-        "prompts": escape(where),
-        "usage": _usage(run),
-        "settings": _settings(about["config"]),
-        "versions": _table(("", ""), [(name, version) for name, version in about["versions"].items()]),
-    }
-    write_whole(path, page.substitute(values))
+    warnings = warnings_of(before, after, run.changes, loss=loss, status=run.status, cuts=run.cuts)
+    prompts, steps = about["prompts"], f"{len(run.records)} step{'s' * (len(run.records) != 1)}"
+    heads, scores, scores_caption = _scores(run)
+    page = TEMPLATES.get_template("report.html.jinja").render(
+        title=f"{about['model'] or 'A pipeline'} aligned to {about['reward']}",
+        subtitle=f"{steps} · {run.status} · started {about['started']} · {run.folder}",
+        warnings=[warning.text for warning in warnings],
+        sentences=sentences,
+        numbers=_numbers(run),
+        curve=run.curve,
+        curve_dark=run.curve_dark,
+        curve_caption=_curve_caption(run),
+        pairs=run.pairs,
+        pairs_caption=run.pairs_caption,
+        score_heads=heads,
+        scores=scores,
+        scores_caption=scores_caption,
+        command=about["command"],
+        prompts=f"prompts: {prompts}" if isinstance(prompts, str) else f"{len(prompts)} prompts, listed in config.json",
+        usage=_usage(run),
+        settings=_settings(about["config"]),
+        versions=list(about["versions"].items()),
+    )
+    write_whole(path, page)
 
 
-def _numbers(run: RunSummary) -> str:
-    """The few figures that are looked for first."""
+def _numbers(run: RunSummary) -> list[tuple[str, str]]:
+    """The few figures that are looked for first: value and label."""
     records = run.records
     seconds = [record.seconds for record in records if math.isfinite(record.seconds)]
     tiles = []
@@ -158,39 +176,20 @@ def _numbers(run: RunSummary) -> str:
     if reasons:
         said = "; ".join(dict.fromkeys(reasons))
         tiles.append((str(len(reasons)), f"step{'s' * (len(reasons) != 1)} skipped: {said}"))
-    return "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
+    return tiles
 
 
-def _curve(run: RunSummary) -> str:
+def _curve_caption(run: RunSummary) -> str:
     of = "held-out prompts" if run.before is None or run.before.held_out else "training prompts, with fresh noise"
     looks = "" if run.before is None else f" Dashed: the {of}; the ring marks the adapter that was kept."
-    words = f"Scores over the optimizer steps.{looks}"
-    return (
-        '<figure class="card curve"><picture>'
-        f'<source srcset="{_data_uri(run.curve_dark)}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{_data_uri(run.curve)}" alt="{words}"></picture><figcaption>{words}</figcaption></figure>'
-    )
+    return f"Scores over the optimizer steps.{looks}"
 
 
-def _pairs(run: RunSummary) -> str:
-    if not run.pairs:
-        return '<p class="soft">No pictures were kept.</p>'
-    figures = []
-    for pair in run.pairs:
-        cells = "".join(
-            f'<div><img src="{_data_uri(data)}" alt="{when}: {escape(pair.prompt)}"{" class=small" * pair.small}>'
-            f'<span class="soft">{when}<br>{escape(label)}</span></div>'
-            for when, data, label in (
-                ("before", pair.before, pair.before_label),
-                ("after", pair.after, pair.after_label),
-            )
-        )
-        figures.append(f'<figure><h3>{escape(pair.prompt)}</h3><div class="pair">{cells}</div></figure>')
-    return f'<p class="soft">{escape(run.pairs_caption)}</p><div class="pairs">{"".join(figures)}</div>'
+def _scores(run: RunSummary) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Every score: the first and last tenth of the training steps, and the evidence before and after.
 
-
-def _scores(run: RunSummary) -> str:
-    """Every score: the first and last tenth of the training steps, and the evidence before and after."""
+    Heads, rows and caption of the table.
+    """
     kept = [record for record in run.records if not record.skipped]
     tenth = max(1, len(kept) // 10)
     parts = {"reward": [record.reward for record in kept]}
@@ -212,13 +211,13 @@ def _scores(run: RunSummary) -> str:
     of = "held-out" if run.after is None or run.after.held_out else "fresh noise"
     heads = ("score", "", "training, first", "training, last", f"{of} before", f"{of} after", "change")
     words = f"Training: means over the first and the last {tenth} step{'s' * (tenth != 1)}, on other prompts each time."
-    return f'<div class="tables">{_table(heads, rows, numbers_from=2)}</div><p class="soft">{words}</p>'
+    return heads, rows, words
 
 
-def _usage(run: RunSummary) -> str:
-    """How the adapter files are used elsewhere."""
+def _usage(run: RunSummary) -> list[tuple[str, str]]:
+    """How the adapter files are used elsewhere: where, and what to type there."""
     if ADAPTER not in run.adapters:
-        return '<p class="soft">No adapter was saved.</p>'
+        return []
     # Copied into a terminal that may be anywhere.
     model, folder = run.about["model"] or "MODEL", str(Path(run.folder).absolute())
     prompt = run.after.prompts[0] if run.after and run.after.prompts else "a prompt"
@@ -238,33 +237,21 @@ def _usage(run: RunSummary) -> str:
             "add a Load LoRA node after Load Checkpoint, strength 1.0"
         )
         blocks.append(("In ComfyUI", comfy))
-    return "".join(f'<p class="soft">{title}</p><pre>{escape(text)}</pre>' for title, text in blocks)
+    return blocks
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    """Every setting by its flat name, with what it means; bold where it is not the default."""
+def _settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every setting by its flat name, with what it means and whether it differs from the default."""
     default = AlignConfig().to_dict()
     rows = []
     for name, (part, spec) in FIELD_PATHS.items():
         inside, usual = (config, default) if part is None else (config.get(part, {}), default[part])
         if name in inside:
             value = inside[name]
-            changed = ' class="changed"' if value != usual[name] else ""
             words = "–" if value in (None, "", []) else str(value)
-            cells = (name, words, spec.metadata["help"])
-            rows.append(f"<tr{changed}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 99) -> str:
-    def row(tag: str, cells: Sequence[str]) -> str:
-        kinds = (' class="number"' if i >= numbers_from else "" for i in range(len(cells)))
-        named = (f' data-label="{escape(head)}"' if tag == "td" and head else "" for head in heads)
-        marked = zip(kinds, named, cells, strict=True)
-        return "<tr>" + "".join(f"<{tag}{kind}{name}>{escape(cell)}</{tag}>" for kind, name, cell in marked) + "</tr>"
-
-    head = row("th", heads) if any(heads) else ""
-    return f"<table>{head}{''.join(row('td', cells) for cells in rows)}</table>"
+            changed = value != usual[name]
+            rows.append({"name": name, "value": words, "help": spec.metadata["help"], "changed": changed})
+    return rows
 
 
 def _signed(difference: float, error: float = math.nan) -> str:
@@ -285,8 +272,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
-
-
-def _data_uri(data: bytes) -> str:
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -152,7 +152,7 @@ def trained(name: str, seed: int) -> AlignResult:
     pipe = AlignPropPipeline.from_pretrained("emoji")
     result = pipe.align(
         reward, objective.prompts, AlignConfig.preset("emoji"),
-        eval_prompts=HELD_OUT, seed=seed, judges=objective.watched, keep_best=False,
+        eval_prompts=HELD_OUT, eval_every=0, seed=seed, judges=objective.watched, keep_best=False,
     )  # fmt: skip
     ADAPTERS.mkdir(exist_ok=True)
     pipe.save_adapter(adapter_file(name, seed), format="diffusers")
