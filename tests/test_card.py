@@ -411,3 +411,10 @@ def test_looking_for_what_was_missed(content: bytes, found: str) -> None:
 
 def test_the_name_on_the_hub_is_that_of_diffusers() -> None:
     assert HUB_WEIGHTS == LORA_WEIGHT_NAME_SAFE
+
+
+def test_a_value_that_looks_like_a_template_stays_text() -> None:
+    card = text(reward="{{ 7 * 7 }}", source="{% raw %}", prompts=("{{ facts }}",))
+    assert "`{{ 7 * 7 }}`" in card
+    assert "{% raw %}" in card
+    assert "- `{{ facts }}`" in card

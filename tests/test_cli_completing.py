@@ -60,7 +60,7 @@ def test_every_place_offers_its_kind() -> None:
 
     assert {"clip", "hpsv2.1", "reward.py"} <= {*names(completing.rewards)}
     assert "clip + 0.1*jpeg" in names(completing.rewards, "clip + 0.1*jp")
-    assert names(completing.rewards, "min(clip, hps") == ["min(clip, hpsv2.1", "min(clip, hpsv2"]
+    assert names(completing.rewards, "min(clip, hps") == ["min(clip, hpsv2", "min(clip, hpsv2.1"]
     assert {*named_sets(), "foxes.txt", "runs/", "mine"} == {*names(completing.prompt_sets)}
     assert set(completing.PROMPT_FILES) == set(READERS)
     assert {"emoji", "mine", "theirs.safetensors", "runs/"} == {*names(completing.models)}

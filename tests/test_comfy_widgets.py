@@ -267,7 +267,7 @@ def test_what_the_tooltips_say_can_be_written_into_objects(objects: str) -> None
 @pytest.mark.parametrize(
     ("name", "parameters", "way_out"),
     [
-        ("clap", "{}", "known: clip"),
+        ("clap", "{}", "known: aesthetic"),
         ("jpeg", "quality=60", '{"quality": 60}'),
         ("jpeg", "[60]", '{"quality": 60}'),
         ("jpeg", "60", '{"quality": 60}'),

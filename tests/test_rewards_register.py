@@ -1,5 +1,6 @@
 """Rewards of one's own under a name: what can be registered, what it is called, and which names are refused."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from alignprop_pipe.errors import RewardError
-from alignprop_pipe.rewards import REGISTRY, Reward, parse_reward, register, registry
+from alignprop_pipe.rewards import REGISTRY, Reward, RewardEntry, parse_reward, register, registry
+from alignprop_pipe.rewards.entries import ENTRIES, entries_in
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +162,45 @@ def test_rewards_of_installed_packages(plugin: Path, caplog: pytest.LogCaptureFi
     assert any("'broken_plugin'" in text and "No module named" in text for text in left_out)
     with pytest.raises(RewardError, match="did you mean warm_plugin"):
         parse_reward("warm_plugins")
+
+
+def test_a_class_carries_its_entry_into_the_list() -> None:
+    @register("warm")
+    class Warm(Reward):
+        """Never shown, since the entry says more."""
+
+        entry = RewardEntry(summary="red minus blue", licence="MIT", range_text="-1 to 1")
+
+        def score(self, images: Tensor, prompts: list[str], targets: object) -> Tensor:
+            return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+    entry = registry.REGISTRY["warm"]
+    assert (entry.name, entry.summary, entry.licence, entry.range_text) == ("warm", "red minus blue", "MIT", "-1 to 1")
+    assert entry.where.endswith("Warm")
+
+
+def test_a_new_reward_is_one_file(tmp_path: Path) -> None:
+    folder = tmp_path / "rewards" / "scorers"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "warmth.py").write_text(
+        "raise RuntimeError('reading the list imports nothing')\n\n\nclass Warmth(Reward):\n"
+        "    name = 'warmth'\n"
+        "    entry = RewardEntry(summary='how ' 'warm', size_mb=3.5, weights=(('me/warm', 'w.pt'),))\n"
+        "\n\nclass Cold(Reward):\n    name = 'cold'\n"
+    )
+    (found,) = entries_in(tmp_path / "rewards", "alignprop_pipe.rewards")
+    wanted = RewardEntry(
+        name="warmth", where="alignprop_pipe.rewards.scorers.warmth:Warmth", summary="how warm", size_mb=3.5,
+        weights=(("me/warm", "w.pt"),),
+    )  # fmt: skip
+    assert found == wanted
+    (folder / "warmth.py").write_text("class Warmth(Reward):\n    name = N\n    entry = RewardEntry(summary='')\n")
+    with pytest.raises(ValueError, match="malformed"):
+        list(entries_in(tmp_path / "rewards", "alignprop_pipe.rewards"))
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry.name for entry in ENTRIES])
+def test_what_is_read_from_a_file_is_what_its_class_carries(entry: RewardEntry) -> None:
+    module, _, name = entry.where.partition(":")
+    assert getattr(import_module(module), name).entry == entry

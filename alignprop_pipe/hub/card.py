@@ -7,9 +7,11 @@ anybody may have written: every text of theirs goes through `escaping`.
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignprop_pipe.config.choices import Maximize, loss_from_text
 from alignprop_pipe.errors import ConfigError
@@ -21,20 +23,64 @@ from alignprop_pipe.records import Change, part_of
 from alignprop_pipe.runs.summary import RunWarning, warnings_of
 
 
+class Markdown(str):
+    """Text that is Markdown already, and goes into a page as it is."""
+
+
+def _marked(render: Callable[..., str]) -> Callable[..., Markdown]:
+    return lambda text, *more: Markdown(render(text, *more))
+
+
+# Every value is shown as the text that it is, unless a filter has made Markdown of it; a missing name is an error.
+TEMPLATES = Environment(
+    loader=PackageLoader("alignprop_pipe.hub", "."),
+    autoescape=False,
+    finalize=lambda value: in_markdown(value) if isinstance(value, str) and not isinstance(value, Markdown) else value,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.filters |= {
+    "code": _marked(code),
+    "cell": _marked(cell),
+    "fenced": _marked(lambda text, language: fenced(language, text)),
+    "link": _marked(link),
+    "literal": Markdown,  # for names of our own
+}
+
+
 def model_card(facts: Facts) -> ModelCard:
-    """The card, metadata and text; the same facts give the same card."""
-    sections = (
-        _opening(facts),
-        _warnings(facts),
-        _usage(facts),
-        _results(facts),
-        _making(facts),
-        _limits(facts),
-        _licences(facts),
-        _files(facts),
+    """The card, metadata and text; the same facts give the same card.
+
+    Example:
+        >>> model_card(Facts(repo_id="me/foxes", reward="clip")).text.strip().splitlines()[0]
+        '# foxes'
+    """
+    kind = facts.kind_of_prompts
+    about_files = {
+        HUB_WEIGHTS: "the adapter, for diffusers and PEFT",
+        CONFIG: "all settings, the versions of the libraries, the result",
+        METRICS: "a line for each optimizer step, with every score of the evidence",
+        CURVE: "reward and the scores of the evidence over the steps",
+        SHEET: f"{kind} prompts before and after",
+    }
+    body = TEMPLATES.get_template("card.md.jinja").render(
+        facts=facts,
+        project=PROJECT,
+        paper=PAPER,
+        hub=HUB,
+        names={"weights": HUB_WEIGHTS, "config": CONFIG, "metrics": METRICS, "curve": CURVE, "sheet": SHEET},
+        warnings=[_parts(warning, facts) for warning in warnings_in(facts)],
+        code_for_diffusers=_code_for_diffusers(facts),
+        command_to_sample=f"alignprop sample {in_shell(facts.base or 'MODEL')} {in_shell(_example(facts))} "
+        f"--adapter {in_shell(facts.repo_id)} --compare",
+        results=[_row(facts, name, change) for name, change in facts.scores.items()],
+        has_errors=any(math.isfinite(change.standard_error) for change in facts.changes.values()),
+        making=_making(facts),
+        about_files={name: about_files.get(name, "the adapter, for ComfyUI") for name in facts.files},
     )
-    body = "\n\n".join(section for section in sections if section)
-    return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}\n")
+    return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}")
 
 
 def warnings_in(facts: Facts) -> tuple[RunWarning, ...]:
@@ -82,7 +128,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
         EvalResult(
             task_type=facts.task,
             dataset_type="custom",
-            dataset_name=visible(_of_prompts(facts)),
+            dataset_name=visible(facts.of_prompts),
             metric_type=visible(name),
             metric_name=visible(f"{name} ({_kind(facts, name)})" if _kind(facts, name) not in ("", name) else name),
             metric_value=_plain(change.after),
@@ -93,58 +139,15 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
     ]
 
 
-# --- sections --------------------------------------------------------------------------------------------------------
+# --- what is in the text ---------------------------------------------------------------------------------------------
 
 
-def _opening(facts: Facts) -> str:
-    base = link(facts.base, f"{HUB}{facts.base}") if "/" in facts.base else code(facts.base) if facts.base else ""
-    if facts.bundled:
-        base = f"the small model {base} (it ships inside {PROJECT} and is not on the Hub)"
-    made = f"that was mixed by {PROJECT} of {' and '.join(map(in_markdown, facts.mixed))}."
-    if not facts.mixed:
-        reward = f"raise the reward {code(facts.reward)}" if facts.reward else "raise a reward"
-        made = (
-            f"that was trained to {reward}: the reward's gradient flows back through the denoising chain "
-            f"([AlignProp]({PAPER})), by {PROJECT}."
-        )
-    gallery = "<Gallery />\n\n" if facts.widgets else ""
-    caption = (
-        f"\n\nThe pictures above are of {_kind_of_prompts(facts)} prompts, evenly spaced and not chosen by score."
-        if gallery
-        else ""
+def _parts(warning: RunWarning, facts: Facts) -> dict[str, str]:
+    """A warning, taken apart where it names a judge, whose name is shown as code."""
+    said, score, more = (
+        warning.text.partition(warning.score) if warning.score in facts.judges else (warning.text, "", "")
     )
-    words = f"A LoRA for {base or 'a local model'} {made} No trigger word is needed.{caption}"
-    return f"# {in_markdown(facts.name)}\n\n{gallery}{words}"
-
-
-def _warnings(facts: Facts) -> str:
-    lines = []
-    for one in warnings_in(facts):
-        said, name, more = one.text.partition(one.score) if one.score in facts.judges else (one.text, "", "")
-        lines.append(f"> {in_markdown(said)}" + (f" {code(name)}{in_markdown(more)}" if name else ""))
-    return "> [!WARNING]\n" + "\n>\n".join(lines) if lines else ""
-
-
-def _usage(facts: Facts) -> str:
-    comfy = [name for name in facts.files if name.endswith(".safetensors") and name != HUB_WEIGHTS]
-    model = facts.base or "MODEL"
-    words = f"alignprop sample {in_shell(model)} {in_shell(_example(facts))} --adapter {in_shell(facts.repo_id)}"
-    blocks = [
-        f"## Use it\n\nIn diffusers:\n\n{fenced('python', _code_for_diffusers(facts))}",
-        f'Without a network (the file in the cache, `HF_HUB_OFFLINE=1`), add `weight_name="{HUB_WEIGHTS}"`.',
-    ]
-    if comfy:
-        each = "; it takes one such node for each of the two models" if len(comfy) > 1 else ""
-        blocks.append(
-            f"In ComfyUI: put {' and '.join(map(code, comfy))} into `models/loras` and a *Load LoRA* node behind the "
-            f"one that loads the base model, strength 1.0{each}."
-        )
-    blocks += [
-        f"With {PROJECT}, base and adapter side by side from the same noise:",
-        fenced("bash", f"{words} --compare"),
-        "A strength below 1 (`--scale 0.6`, or `pipe.set_adapters` in diffusers) stays nearer to the base model.",
-    ]
-    return "\n\n".join(blocks)
+    return {"said": said, "score": score, "more": more}
 
 
 def _code_for_diffusers(facts: Facts) -> str:
@@ -169,35 +172,11 @@ def _code_for_diffusers(facts: Facts) -> str:
     return "\n".join([*lines, "", how, f"pipe.load_lora_weights({in_python(facts.repo_id)})", f"{shown} = {call}"])
 
 
-def _results(facts: Facts) -> str:
-    if not facts.changes:
-        return ""
-    head = "| score | what it is | before | after | change |\n|---|---|---:|---:|---:|"
-    rows = [_row(facts, name, change) for name, change in facts.scores.items()]
-    kind = _kind_of_prompts(facts)
-    parts = [
-        f"## Results on {kind} prompts",
-        f"{in_markdown(_of_prompts(facts))}, with the same noise before and after.",
-    ]
-    if facts.choice:
-        parts.append(f"Kept: {in_markdown(facts.choice)}.")
-    parts.append("\n".join([head, *rows]))
-    if any(math.isfinite(change.standard_error) for change in facts.changes.values()):
-        parts.append("± is the standard error of the mean paired difference; below two of them a change may be chance.")
-    if not facts.judges:
-        parts.append("No judge watched this run: all of these scores are the trained reward's own.")
-    if SHEET in facts.files:
-        words = f"{kind.capitalize()} prompts before and after, from the same noise, not chosen by score"
-        parts.append(f"![{words}]({SHEET})")
-    if CURVE in facts.files:
-        parts.append(f"![The reward during training, and the scores of the evidence]({CURVE})")
-    return "\n\n".join(parts)
-
-
-def _row(facts: Facts, name: str, change: Change) -> str:
+def _row(facts: Facts, name: str, change: Change) -> dict[str, str]:
     error = f" ± {change.standard_error:.2g}" if math.isfinite(change.standard_error) else ""
     moved = f"{change.difference:+.3g}{error}" if math.isfinite(change.difference) else "–"
-    return f"| {cell(name)} | {_kind(facts, name)} | {_text(change.before)} | {_text(change.after)} | {moved} |"
+    numbers = {"before": _text(change.before), "after": _text(change.after), "change": moved}
+    return {"score": name, "kind": _kind(facts, name), **numbers}
 
 
 def _kind(facts: Facts, name: str) -> str:
@@ -211,103 +190,26 @@ def _kind(facts: Facts, name: str) -> str:
     return "part of the reward"
 
 
-def _making(facts: Facts) -> str:
+def _making(facts: Facts) -> list[tuple[str, str]]:
     config = facts.config
     batch = config.get("batch_size", 0) * config.get("gradient_accumulation_steps", 1)
+    kept = f", of which that of step {facts.kept_step} was kept" if 0 < facts.kept_step < facts.steps else ""
+    truncation = config.get("truncation")
     rows = [
-        ("reward", cell(facts.reward) if facts.reward else ""),
-        ("prompts", in_markdown(_prompts_text(facts))),
-        ("adapter", in_markdown(facts.size)),
-        (
-            "optimizer steps",
-            f"{facts.steps or ''}" + (f", of which that of step {facts.kept_step} was kept" * _earlier(facts)),
-        ),
+        ("reward", Markdown(cell(facts.reward)) if facts.reward else ""),
+        ("prompts", facts.prompts_text),
+        ("adapter", facts.size),
+        ("optimizer steps", f"{facts.steps or ''}{kept}"),
         ("pictures trained on", f"{facts.steps * batch} ({batch} a step)" if batch and facts.steps else ""),
         ("time", _duration(facts.seconds)),
-        ("device", in_markdown(facts.device)),
-        ("gradient", f"through denoising steps {cell(config['truncation'])}" if config.get("truncation") else ""),
+        ("device", facts.device),
+        ("gradient", Markdown(f"through denoising steps {cell(truncation)}") if truncation else ""),
         ("seed", str(config.get("seed", ""))),
     ]
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows if text)
-    parts = [f"## How it was made\n\n| | |\n|---|---|\n{table}"]
-    if CONFIG in facts.files:
-        parts.append(
-            f"All settings are in [{CONFIG}]({CONFIG}), every step's numbers in [{METRICS}]({METRICS}). The run again:"
-            f"\n\n{fenced('bash', facts.command)}"
-        )
-    if facts.prompts:
-        some = f"The first {len(facts.prompts)} prompts" if facts.num_prompts > len(facts.prompts) else "The prompts"
-        listed = "\n".join(f"- {code(prompt)}" for prompt in facts.prompts)
-        parts.append(f"<details><summary>{some}</summary>\n\n{listed}\n\n</details>")
-    return "\n\n".join(parts)
-
-
-def _limits(facts: Facts) -> str:
-    lines = [
-        "A reward is a stand-in for what is wanted. One that rises can be met in ways nobody asked for, and more "
-        "strength or more training makes that likelier.",
-        "What was measured holds for prompts and settings like those above; other prompts, sizes, step numbers and "
-        "guidance were not tried.",
-        "What the base model and the reward's network cannot do or get wrong, their biases among it, is still there.",
-    ]
-    if facts.window:
-        lines.insert(
-            0,
-            f"It was made for a part of the denoising steps, {code(facts.window)} of them, and {PROJECT} keeps it to "
-            "that part; diffusers and ComfyUI's own loader use it in all of them.",
-        )
-    if 0 < facts.held_out < 50:
-        count = facts.after.what if facts.after else f"{facts.held_out} held-out prompt{'s' * (facts.held_out != 1)}"
-        lines.insert(1, f"{count} can show a large change and not a small one.")
-    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def _licences(facts: Facts) -> str:
-    lines = []
-    for one in facts.licences:
-        text = link(one.text, one.link) if one.link else in_markdown(one.text)
-        lines.append(f"- {in_markdown(one.of)}: {text}" + ("" if one.binds else " (only watched)"))
-    words = "The adapter comes under the licence of the model it was made from; what it was trained with is listed too."
-    return f"## Licences\n\n{words}\n\n" + "\n".join(lines)
-
-
-def _files(facts: Facts) -> str:
-    about = {
-        HUB_WEIGHTS: "the adapter, for diffusers and PEFT",
-        CONFIG: "all settings, the versions of the libraries, the result",
-        METRICS: "a line for each optimizer step, with every score of the evidence",
-        CURVE: "reward and the scores of the evidence over the steps",
-        SHEET: f"{_kind_of_prompts(facts)} prompts before and after",
-    }
-    rows = [
-        f"| {link(name, name)} | {about.get(name, 'the adapter, for ComfyUI')} |"
-        for name in facts.files
-        if "/" not in name
-    ]
-    return "## Files\n\n| | |\n|---|---|\n" + "\n".join(rows)
+    return [(name, text) for name, text in rows if text]
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-
-
-def _of_prompts(facts: Facts) -> str:
-    count = f"{facts.held_out} held-out prompt{'s' * (facts.held_out != 1)}" if facts.held_out else "Held-out prompts"
-    count = facts.after.what if facts.after else count
-    comma = "," * (_kind_of_prompts(facts) == "training")
-    return f"{count}{comma} of {facts.source}" if facts.source else count
-
-
-def _kind_of_prompts(facts: Facts) -> str:
-    return "held-out" if facts.after is None or facts.after.held_out else "training"
-
-
-def _prompts_text(facts: Facts) -> str:
-    count = f"{facts.num_prompts}" if facts.num_prompts else ""
-    return f"{count} of {facts.source}" if facts.source and count else count or facts.source
-
-
-def _earlier(facts: Facts) -> bool:
-    return 0 < facts.kept_step < facts.steps
 
 
 def _example(facts: Facts) -> str:

@@ -10,6 +10,7 @@ import diffusers
 
 from alignprop_pipe.bundled import MODELS
 from alignprop_pipe.hub.licences import Licence, base_licence, reward_licences
+from alignprop_pipe.layout import HUB_WEIGHTS
 from alignprop_pipe.records import Change, Evidence
 
 PROJECT = "alignprop-pipe"
@@ -94,3 +95,31 @@ class Facts:
         judges = self.config.get("evaluation", {}).get("judges", ())
         found = [base_licence(self.base), *(reward_licences(self.reward) if self.reward else [])]
         return found + [one for judge in judges for one in reward_licences(judge, judge=True)]
+
+    @property
+    def comfyui_files(self) -> list[str]:
+        return [name for name in self.files if name.endswith(".safetensors") and name != HUB_WEIGHTS]
+
+    @property
+    def kind_of_prompts(self) -> str:
+        """Of the prompts of the evidence: "held-out" or "training"."""
+        return "held-out" if self.after is None or self.after.held_out else "training"
+
+    @property
+    def number_of_prompts(self) -> str:
+        """What the evidence is of: `16 held-out prompts`."""
+        if self.after:
+            return self.after.what
+        return f"{self.held_out} held-out prompt{'s' * (self.held_out != 1)}" if self.held_out else "Held-out prompts"
+
+    @property
+    def of_prompts(self) -> str:
+        """The same, and where they come from."""
+        comma = "," * (self.kind_of_prompts == "training")
+        return f"{self.number_of_prompts}{comma} of {self.source}" if self.source else self.number_of_prompts
+
+    @property
+    def prompts_text(self) -> str:
+        """The prompts of the training: how many, and where they come from."""
+        count = f"{self.num_prompts}" if self.num_prompts else ""
+        return f"{count} of {self.source}" if self.source and count else count or self.source

@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignprop_pipe.bundled import MODELS
 from alignprop_pipe.errors import RewardError
-
-if TYPE_CHECKING:
-    from alignprop_pipe.rewards.base import Reward
 
 HERE = Path(__file__).parent
 
@@ -53,7 +50,7 @@ class RewardEntry:
     memory_mb: float = 0.0
     combines: bool = False
     needs_acceptance: str = ""
-    registered: "type[Reward] | None" = None
+    registered: type | None = None
 
     @property
     def here(self) -> bool | None:
@@ -66,8 +63,8 @@ class RewardEntry:
 
         return all(isinstance(try_to_load_from_cache(source, file), str) for source, file in self.weights)
 
-    def make(self, *args: Any, **kwargs: Any) -> "Reward":
-        """The reward with these arguments. Raises RewardError for arguments that it does not take."""
+    def make(self, *args: Any, **kwargs: Any) -> Any:
+        """The `Reward` with these arguments. Raises RewardError for arguments that it does not take."""
         module, _, attribute = self.where.partition(":")
         kind = self.registered or getattr(import_module(module), attribute)
         try:

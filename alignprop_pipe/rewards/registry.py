@@ -97,7 +97,8 @@ def register(
             f"register({name!r}, ...) got {type(reward).__name__}; a function of images or a Reward is needed"
         )
     first_line = str(reward) if isinstance(reward, Reward) else (inspect.getdoc(reward) or "").partition("\n")[0]
-    carried = getattr(reward, "entry", None) or RewardEntry(summary=first_line, licence="yours")
+    of_class = reward.entry if isinstance(reward, type) and issubclass(reward, Reward) else None
+    carried = of_class or RewardEntry(summary=first_line, licence="yours")
     given = {"summary": summary, "range_text": range_text, "licence": licence}
     given = {field: text for field, text in given.items() if text}
     REGISTRY[name] = dataclasses.replace(carried, **given, name=name, where=where, registered=made_by)
