@@ -116,7 +116,7 @@ OBJECTIVES = {
         too_far="colour",
     ),
     "compressibility": Objective(
-        "smooth(clip) + 0.5*contains + 0.1*count + 24*jpeg",
+        "smooth(clip) + 0.5*contains + 0.1*count + 30*clip_above(jpeg, -0.025)",
         "pictures that make smaller files",
         FILE_SIZE | RIGHT,
         too_far="jpeg",
