@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 
 os.environ.update(
@@ -35,7 +36,9 @@ def _talks_as_before() -> Iterator[None]:
     """A command that ran in this process has set up our logger and the libraries' bars for a terminal."""
     ours = logging.getLogger("alignprop_pipe")
     handlers, level, propagate = ours.handlers, ours.level, ours.propagate
+    shown = warnings.showwarning
     yield
+    warnings.showwarning = shown
     ours.handlers, ours.propagate = handlers, propagate
     ours.setLevel(level)
     for library in ("diffusers.utils.logging", "transformers.utils.logging"):

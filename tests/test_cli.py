@@ -10,21 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import miniatures
 import pytest
 import torch
+from command_line import json_lines, run
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from alignprop_pipe import bundled
 from alignprop_pipe.cli import console
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import AdapterError, ConfigError, PromptError, RewardError, RewardShapeError
 from alignprop_pipe.prompts import PromptSet
@@ -50,33 +47,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def _libraries_as_before() -> Iterator[None]:
-    """What `quiet_libraries` sets for the process of a command belongs to other tests here."""
-    import logging
-    import warnings
-
-    shown, ours = warnings.showwarning, logging.getLogger("alignprop_pipe")
-    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
-    yield
-    warnings.showwarning = shown
-    ours.handlers, ours.propagate = handlers, propagate
-    ours.setLevel(level)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in arguments])
-
-
 ROOT = str(Path(__file__).parents[1])
 
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "alignprop_pipe", *map(str, arguments)]
-
-
-def json_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 # --- start -----------------------------------------------------------------------------------------------------------

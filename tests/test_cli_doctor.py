@@ -8,17 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 import alignprop_pipe
 from alignprop_pipe.cli import doctor
-from alignprop_pipe.cli.app import app
 
 TOKEN = "hf_" + "a1B2" * 8
 
 
 def findings() -> tuple[dict[str, dict[str, str]], Any]:
-    done = CliRunner().invoke(app, ["doctor", "--json"])
+    done = run("doctor", "--json")
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["name"]: line for line in lines if line["type"] == "finding"}, done
 
@@ -41,7 +40,7 @@ def test_it_says_the_versions_and_ends_well() -> None:
         assert found[name]["found"] == version(name)
     assert "GB free" in found["cpu"]["found"]
     assert "emoji-judge" in found["bundled models"]["found"]
-    assert CliRunner().invoke(app, ["doctor"]).output.rstrip().endswith("all is well")
+    assert run("doctor").output.rstrip().endswith("all is well")
 
 
 def test_nothing_private_is_shown(home: Path) -> None:
@@ -49,7 +48,7 @@ def test_nothing_private_is_shown(home: Path) -> None:
     found, done = findings()
     assert found["token for the Hub"]["found"] == "there"
     assert found["cache of the Hub"]["found"].startswith("~/cache: 1 model,")
-    for text in (done.output, CliRunner().invoke(app, ["doctor"]).output):
+    for text in (done.output, run("doctor").output):
         assert TOKEN not in text
         assert "secretname" not in text
         assert "secretmodel" not in text
@@ -64,7 +63,7 @@ def test_what_is_missing_is_told_with_the_way_to_get_it(monkeypatch: pytest.Monk
     assert (missing["found"], missing["advice"]) == ("missing", "pip install 'nosuchpackage>=1'")
     assert found["diffusers"]["found"] == f"{version('diffusers')}, and >=99 is needed"
     assert "other" not in found
-    assert "nosuchpackage: pip install 'nosuchpackage>=1'" in CliRunner().invoke(app, ["doctor"]).output
+    assert "nosuchpackage: pip install 'nosuchpackage>=1'" in run("doctor").output
 
 
 def test_a_full_disk_and_an_incomplete_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,42 +1,29 @@
 """`alignprop export` and `alignprop inspect` as a user meets them: files, sums, tables, JSON, exit codes."""
 
 import hashlib
-import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from adapters import assert_same_changes, made
+from command_line import json_lines, run
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.adapters.factors import Factors
 from alignprop_pipe.adapters.header import base_of
 from alignprop_pipe.cli import exporting
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.diffusion.lora import attention_linears
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command sets for its process belongs to other tests here."""
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    shown, ours = warnings.showwarning, logging.getLogger("alignprop_pipe")
-    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
-    yield
-    warnings.showwarning = shown
-    ours.handlers, ours.propagate = handlers, propagate
-    ours.setLevel(level)
 
 
 @pytest.fixture
@@ -46,14 +33,6 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
     adapter = made("sdxl", ranks=(2, 3), text=True)
     adapter.save("runs/mine/adapter.safetensors", format="diffusers", reward="clip")
     return adapter
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in arguments])
-
-
-def records(result: Result) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -82,7 +61,7 @@ def test_json_and_number_format() -> None:
         "export", "runs/mine/adapter.safetensors", "--to", "kohya", "--out", "a.safetensors", "--dtype", "float16",
         "--json",
     )  # fmt: skip
-    (record,) = records(result)
+    (record,) = json_lines((result).stdout)
     assert record["sha256"] == hashlib.sha256(Path("a.safetensors").read_bytes()).hexdigest()
     assert record["size"] == Path("a.safetensors").stat().st_size
     assert {tensor.dtype for tensor in load_file("a.safetensors").values()} == {torch.float16}
@@ -157,7 +136,7 @@ def test_merged_into_the_model_that_the_file_names(tmp_path: Path, monkeypatch: 
     adapter.save("adapter.safetensors", format="kohya")
     result = run("export", "adapter.safetensors", "--to", "merged", "--out", "merged", "--dtype", "float16", "--json")
     assert result.exit_code == 0, result.output
-    files = {record["file"]: record["sha256"] for record in records(result)}
+    files = {record["file"]: record["sha256"] for record in json_lines((result).stdout)}
     assert set(files) == {str(path) for path in Path("merged").rglob("*") if path.is_file()}
     assert all(hashlib.sha256(Path(name).read_bytes()).hexdigest() == digest for name, digest in files.items())
     merged = DiffusionPipeline.from_pretrained("merged", dtype=torch.float16)
@@ -205,7 +184,7 @@ def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("adapter")
 def test_inspect_as_json() -> None:
-    (record,) = records(run("inspect", "runs/mine", "--json"))
+    (record,) = json_lines((run("inspect", "runs/mine", "--json")).stdout)
     assert record["type"] == "adapter"
     assert record["layers"] == {"unet": 64, "text_encoder": 6, "text_encoder_2": 6}
     assert sorted(one["rank"] for one in record["ranks"]) == [2, 3]

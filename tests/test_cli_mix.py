@@ -1,8 +1,6 @@
 """`alignprop mix` and `alignprop sample --window` as a user meets them."""
 
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +8,14 @@ import miniatures
 import numpy as np
 import pytest
 import torch
+from command_line import json_lines, run
 from PIL import Image
 from random_adapters import random_adapter
 from safetensors.numpy import load_file
-from typer.testing import CliRunner, Result
 
 from alignprop_pipe.adapters.adapter import Adapter
 from alignprop_pipe.adapters.apply import load_adapter
 from alignprop_pipe.adapters.mix import mix
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.diffusion.lora import attention_linears
 from alignprop_pipe.diffusion.sample import sample_pictures
 from alignprop_pipe.errors import ConfigError
@@ -50,28 +47,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ONE.save("one=1.safetensors", format="diffusers")
     TWO.save("runs/two/adapter.safetensors", format="diffusers")
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before() -> Iterator[None]:
-    """What `quiet_libraries` sets for the process of a command belongs to other tests here."""
-    import logging
-    import warnings
-
-    shown, ours = warnings.showwarning, logging.getLogger("alignprop_pipe")
-    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
-    yield
-    warnings.showwarning = shown
-    ours.handlers, ours.propagate = handlers, propagate
-    ours.setLevel(level)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in arguments])
-
-
-def json_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def change(file: str | Path, path: str) -> np.ndarray:
@@ -155,7 +130,7 @@ def test_wrong_use_is_one_sentence(words: list[str], code: int, said: str) -> No
 
 
 def test_help_has_examples() -> None:
-    text = re.sub(r"\s+", " ", CliRunner().invoke(app, ["mix", "--help"], env={"COLUMNS": "200"}).output)
+    text = re.sub(r"\s+", " ", run("mix", "--help", env={"COLUMNS": "200"}).output)
     assert "alignprop mix runs/foxes=0.6 runs/colour=0.4 --out both.safetensors" in text
     assert "--sweep 0:1:0.25" in text
     assert "--num-inference-steps" in text

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import typer
+from command_line import run
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.cli.console import Output
 from alignprop_pipe.cli.opening import find_device, is_model
 from alignprop_pipe.cli.options import TrainRequest, options_from
@@ -68,7 +68,7 @@ def test_a_flag_becomes_the_field(arguments: list[str], settings: dict[str, Any]
 
 
 def test_every_field_has_a_flag_with_its_help() -> None:
-    text = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output)
+    text = re.sub(r"[\s│]+", " ", run("train", "--help", env={"COLUMNS": "200"}).output)
     for name, (_, spec) in FIELD_PATHS.items():
         assert f"--{name.replace('_', '-')} " in text
         assert re.sub(r"\s+", " ", spec.metadata["help"])[:40] in text

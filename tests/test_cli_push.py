@@ -1,9 +1,7 @@
 """`alignprop push`, and `--adapter me/name`: what is said, where it goes, and exit codes."""
 
 import json
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +9,13 @@ from types import SimpleNamespace
 import miniatures
 import pytest
 from aligning import align, aligned
+from command_line import run as command
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub import constants
 from huggingface_hub.utils import _http, close_session
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.layout import HUB_WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own, of its HTTP
@@ -28,16 +26,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
     align(aligned(), out=folder, eval_prompts=2)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _libraries_as_before() -> Iterator[None]:
-    shown, ours = warnings.showwarning, logging.getLogger("alignprop_pipe")
-    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
-    yield
-    warnings.showwarning = shown
-    ours.handlers, ours.propagate = handlers, propagate
-    ours.setLevel(level)
 
 
 @pytest.fixture
@@ -56,7 +44,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def push(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["push", *map(str, arguments)])
+    return command("push", *arguments)
 
 
 def test_a_dry_run_lists_and_writes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +98,7 @@ def test_what_is_wrong_is_a_sentence_and_a_code(server: Hub, run: Path, tmp_path
 
 
 def test_the_token_is_no_flag() -> None:
-    assert "--token" not in CliRunner().invoke(app, ["push", "--help"]).stdout
+    assert "--token" not in command("push", "--help").stdout
 
 
 def test_sample_takes_an_adapter_from_the_hub(
@@ -120,12 +108,12 @@ def test_sample_takes_an_adapter_from_the_hub(
     miniatures.sd15().save_pretrained(tmp_path / "tiny")
     assert push(run / "adapter.safetensors", "me/first").exit_code == 0
     words = ["sample", "./tiny", "a dog", "--num-inference-steps", "2", "--height", "16", "--width", "16"]
-    done = CliRunner().invoke(app, [*words, "--adapter", "me/first", "--compare", "--device", "cpu"])
+    done = command(*words, "--adapter", "me/first", "--compare", "--device", "cpu")
     assert done.exit_code == 0, done.output
     with Image.open("samples/001-a-dog.png") as shown:
         assert shown.info["adapter"] == "me/first"
-    missing = CliRunner().invoke(app, [*words, "--adapter", "me/none"])
+    missing = command(*words, "--adapter", "me/none")
     assert missing.exit_code == 2
     assert "'me/none' is no file or folder here" in missing.stderr
-    typed = CliRunner().invoke(app, [*words, "--adapter", "./none/x"])
+    typed = command(*words, "--adapter", "./none/x")
     assert typed.exit_code == 2 or "no file or folder here" in typed.stderr

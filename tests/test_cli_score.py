@@ -2,26 +2,20 @@
 
 import csv
 import io
-import json
-import logging
 import os
 import re
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
+from command_line import json_lines, run
 from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 from alignprop_pipe.cli import console
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.images import png_bytes
 from alignprop_pipe.prompts import PromptSet
 from alignprop_pipe.rewards import REGISTRY, RewardEntry, registry
@@ -33,15 +27,8 @@ OWN += "    return factor * images.mean((1, 2, 3))\n"
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command sets for its process, and what it registers, belongs to other tests here."""
-    shown, ours = warnings.showwarning, logging.getLogger("alignprop_pipe")
-    handlers, propagate, level = ours.handlers, ours.propagate, ours.level
+def _registry_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTRY", dict(REGISTRY))
-    yield
-    warnings.showwarning = shown
-    ours.handlers, ours.propagate = handlers, propagate
-    ours.setLevel(level)
 
 
 @pytest.fixture
@@ -55,14 +42,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path("pictures", f"{name}.png").write_bytes(png_bytes([image], {"prompt": f"{number + 1} dogs"}))
     Path("pictures", "notes.txt").write_text("no picture")
     return tmp_path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in arguments])
-
-
-def lines_of(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -124,7 +103,7 @@ def test_top_shows_the_best_and_the_mean_of_all() -> None:
     assert "brightness, the best 1 of 3" in best.stdout
     assert best.stdout.splitlines()[-1] == every.stdout.splitlines()[-1]
     assert "mean 0.3529" in best.stdout
-    record, summary = lines_of(run("score", "pictures", "--reward", "brightness", "--top", "1", "--json").stdout)
+    record, summary = json_lines(run("score", "pictures", "--reward", "brightness", "--top", "1", "--json").stdout)
     assert (record["file"], summary["pictures"]) == ("pictures/bright.png", 3)
     assert run("score", "pictures", "--reward", "brightness", "--top", "0").exit_code == 2
 
@@ -132,7 +111,7 @@ def test_top_shows_the_best_and_the_mean_of_all() -> None:
 @pytest.mark.usefixtures("place")
 def test_csv_and_json_say_the_same() -> None:
     expression = "brightness + 0.1*jpeg"
-    told = lines_of(run("score", "pictures", "--reward", expression, "--json").stdout)
+    told = json_lines(run("score", "pictures", "--reward", expression, "--json").stdout)
     written = run("score", "pictures", "--reward", expression, "--csv", "scores.csv")
     piped = run("score", "pictures", "--reward", expression, "--csv", "-")
     assert (written.exit_code, piped.exit_code) == (0, 0)
@@ -173,14 +152,14 @@ def test_a_damaged_file_is_named_and_skipped_and_the_end_is_1() -> None:
     assert len(Path("scores.csv").read_text().splitlines()) == 4
     alone = run("score", "pictures/cut.png", "--reward", "brightness", "--json")
     assert alone.exit_code == 1
-    (summary,) = lines_of(alone.stdout)
+    (summary,) = json_lines(alone.stdout)
     assert (summary["pictures"], summary["skipped"]) == (0, 1)
     assert summary["columns"]["score"]["mean"] is None
 
 
 @pytest.mark.usefixtures("place")
 def test_prompts_from_the_file_from_the_flag_and_from_nowhere() -> None:
-    own = lines_of(run("score", "pictures", "--reward", "clip", "--json").stdout)
+    own = json_lines(run("score", "pictures", "--reward", "clip", "--json").stdout)
     assert [line["prompt"] for line in sorted(own[:3], key=lambda line: line["prompt"])] == [
         "1 dogs",
         "2 dogs",
@@ -204,7 +183,7 @@ def test_a_judge_takes_its_targets_from_the_prompt_set() -> None:
         Path(f"{name}.png").write_bytes(png_bytes([Image.new("RGB", (64, 64), "red")], {"prompt": prompt}))
     result = run("score", "a.png", "b.png", "--reward", "emoji_judge", "--prompts", "emoji", "--json")
     assert result.exit_code == 0, result.output
-    first, second, _ = lines_of(result.stdout)
+    first, second, _ = json_lines(result.stdout)
     assert first["parts"] == second["parts"]
     assert {"emoji_judge", "emoji_judge.subject", "emoji_judge.count", "emoji_judge.background"} == set(first["parts"])
     without = run("score", "a.png", "--reward", "emoji_judge")
@@ -308,7 +287,7 @@ def test_the_list_says_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ("half", (("org/here", "model.safetensors"), ("org/here", "head.safetensors"))),
     ):
         registry.REGISTRY[name] = RewardEntry(name=name, weights=weights, range_text="0 to 10", **about)
-    entries = {line["name"]: line for line in lines_of(run("rewards", "--json").stdout)}
+    entries = {line["name"]: line for line in json_lines(run("rewards", "--json").stdout)}
     assert entries["there"]["here"] is True
     assert entries["half"]["here"] is False
     assert entries["brightness"]["here"] is None
@@ -364,7 +343,7 @@ def test_check_measures_the_whole_and_each_part() -> None:
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.rstrip().endswith(" ok")}
     assert set(rows) == {"clip", "jpeg"}  # the first line begins with clip, and is written over by the part
     assert "ok: clip + 0.1*jpeg can train" in result.stdout
-    trials = lines_of(run(*arguments, "--json").stdout)
+    trials = json_lines(run(*arguments, "--json").stdout)
     assert [trial["reward"] for trial in trials] == ["clip + 0.1*jpeg", "clip", "jpeg"]
     for trial in trials:
         assert trial["type"] == "check"

@@ -1,9 +1,7 @@
 """Wrong values of flags: what came, what is needed, and no word of the library that checks them."""
 
 import pytest
-from typer.testing import CliRunner
-
-from alignprop_pipe.cli.app import app
+from command_line import run
 
 
 @pytest.mark.parametrize(
@@ -25,7 +23,7 @@ from alignprop_pipe.cli.app import app
 )
 def test_a_wrong_value_is_told_in_our_words(words: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    result = CliRunner().invoke(app, words.split())
+    result = run(*words.split())
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.replace("│", " ").split())
     assert not [

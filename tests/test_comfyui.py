@@ -8,14 +8,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import command_line
 import pytest
 from comfy_server import copy_as_cloned
 from packaging.requirements import Requirement
 from test_comfy_entry import write_stand_in
-from typer.testing import CliRunner
 
 from alignprop_pipe import comfy_install
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.comfy_install import MARK, PACK, install, uninstall
 from alignprop_pipe.errors import AlignError
 
@@ -152,13 +151,12 @@ def test_a_file_where_a_folder_must_be_is_told(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_it_wrote_and_took_away(comfy: Path) -> None:
-    run = CliRunner().invoke
-    first, again = run(app, ["comfy", "install", str(comfy)]), run(app, ["comfy", "install", str(comfy)])
+    first, again = command_line.run("comfy", "install", str(comfy)), command_line.run("comfy", "install", str(comfy))
     assert (first.exit_code, again.exit_code) == (0, 0)
     assert "__init__.py" in first.output
     assert "start ComfyUI again" in first.output
     assert again.output == "all of it is there already\n"
-    gone, none = run(app, ["comfy", "uninstall", str(comfy)]), run(app, ["comfy", "uninstall", str(comfy)])
+    gone, none = command_line.run("comfy", "uninstall", str(comfy)), command_line.run("comfy", "uninstall", str(comfy))
     assert (gone.exit_code, none.exit_code) == (0, 0)
     assert re.fullmatch(r"removed .*custom_nodes.alignprop\n", gone.output)
     assert none.output == "there is nothing to take away\n"
@@ -166,11 +164,11 @@ def test_the_command_says_what_it_wrote_and_took_away(comfy: Path) -> None:
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])
 def test_the_command_fails_as_the_others_do(tmp_path: Path, command: str) -> None:
-    refused = CliRunner().invoke(app, ["comfy", command, str(tmp_path)])
+    refused = command_line.run("comfy", command, str(tmp_path))
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1
-    assert CliRunner().invoke(app, ["comfy", command]).exit_code == 2
+    assert command_line.run("comfy", command).exit_code == 2
 
 
 # --- the packages ----------------------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ import miniatures
 import pytest
 import torch
 from aligning import align, aligned, settings
-from typer.testing import CliRunner
+from command_line import run
 
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.diffusion.effects import settings_without_effect
 
@@ -110,11 +109,11 @@ def test_the_commands_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     small = ["--num-inference-steps", "2", "--steps", "1", "--batch-size", "1", "--eval-prompts", "0"]
     words = ["train", "./tiny", "--reward", "jpeg", "--prompt", "a dog", *small, "--gradient-accumulation-steps", "1"]
     more = ["--guidance-scale", "1", "--negative-prompt", "fog"]
-    done = CliRunner().invoke(app, [*words, *more, "--json"])
+    done = run(*words, *more, "--json")
     assert done.exit_code == 0, done.output
     notes = [line for line in map(json.loads, done.stdout.splitlines()) if line["type"] == "note"]
     assert [note["setting"] for note in notes] == ["negative_prompt"]
     assert done.stderr.count("has no effect") == 1
-    done = CliRunner().invoke(app, ["sample", "./tiny", "a dog", *more, "--num-inference-steps", "2"])
+    done = run("sample", "./tiny", "a dog", *more, "--num-inference-steps", "2")
     assert done.exit_code == 0, done.output
     assert "negative_prompt='fog' has no effect" in done.stderr

@@ -18,6 +18,7 @@ import adapters
 import hostile
 import pytest
 import yaml
+from command_line import run as command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,12 +26,10 @@ from safetensors.torch import save_file
 from test_card import FACTS
 from test_result import result
 from test_runs import look, new_run, record
-from typer.testing import CliRunner
 
 from alignprop_pipe.adapters.header import Base
 from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.cli import console
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import PromptError
 from alignprop_pipe.hub.card import model_card
@@ -355,10 +354,10 @@ def test_inspect_says_a_hostile_header_line_by_line(text: str, tmp_path: Path) -
     file = tmp_path / "theirs.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in theirs.items()}, file, header)
     assert inspect_adapter(file).metadata["alignprop.window"] == text
-    done = CliRunner().invoke(app, ["inspect", str(file)])
+    done = command("inspect", str(file))
     assert is_seen(done.output)
     assert "ok: nothing wrong found" not in done.output.split("\n")
-    line = CliRunner().invoke(app, ["inspect", str(file), "--json"]).stdout
+    line = command("inspect", str(file), "--json").stdout
     assert is_seen(line)
     assert json.loads(line.splitlines()[0])["metadata"]["alignprop.window"] == text
 
@@ -370,7 +369,7 @@ def test_a_name_that_is_refused_is_said_and_not_obeyed(text: str) -> None:
         ["train", f"x{text}"],
         ["push", f"x{text}", "a/b"],
     ):
-        done = CliRunner().invoke(app, words)
+        done = command(*words)
         assert done.exit_code == 2
         assert is_seen(OURS.sub("", done.output))
 

@@ -16,11 +16,10 @@ import miniatures
 import pytest
 import torch
 from aligning import align, aligned
+from command_line import run
 from random_adapters import random_adapter
-from typer.testing import CliRunner, Result
 
 from alignprop_pipe import Adapter, AlignConfig, parse_reward
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config import code
 from alignprop_pipe.errors import AlignError, ConfigError, RewardError
 from alignprop_pipe.rewards import REGISTRY, Reward, as_reward, register, registry
@@ -92,10 +91,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def nothing_ran() -> bool:
     return not Path("ran").exists() and not Path("made").exists() and "evil" not in sys.modules
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def words(text: str) -> str:

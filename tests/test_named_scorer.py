@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from aligning import align, aligned
+from command_line import run
 from PIL import Image
-from typer.testing import CliRunner
 
 from alignprop_pipe import AlignPropPipeline, parse_reward
 from alignprop_pipe.bundled import MODELS_DIR
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.errors import AlignError, RewardError
 from alignprop_pipe.rewards import ClipScore, Smooth
 from alignprop_pipe.rewards.networks.network import check_fits, doubt_about
@@ -86,7 +85,7 @@ def test_the_command_line_and_files_refuse_before_a_model_is_loaded(
         ["someone/other", "--config", str(file)],
     ):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        result = CliRunner().invoke(app, ["train", *words, "--out", str(tmp_path / "out")])
+        result = run("train", *words, "--out", str(tmp_path / "out"))
         assert result.exit_code == 2, result.output
         assert NAMED in " ".join(result.stderr.replace("│", " ").split())
 
@@ -94,7 +93,7 @@ def test_the_command_line_and_files_refuse_before_a_model_is_loaded(
 def test_without_a_reward_the_emoji_scorer_is_for_the_bundled_model_alone(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('prompts = "animals"\nsteps = 2\n')
-    result = CliRunner().invoke(app, ["train", "someone/other", "--config", str(file)])
+    result = run("train", "someone/other", "--config", str(file))
     assert result.exit_code == 2
     assert "Give --reward" in " ".join(result.stderr.replace("│", " ").split())
 
@@ -106,7 +105,7 @@ def test_scores_of_other_pictures_come_with_a_warning(tmp_path: Path) -> None:
     for name, side in (("emoji", 64), ("photo", 96)):
         Image.new("RGB", (side, side), "red").save(tmp_path / f"{name}.png")
         words = ["score", str(tmp_path / f"{name}.png"), "--reward", "clip", "--prompt", "a dog"]
-        result = CliRunner().invoke(app, words)
+        result = run(*words)
         assert result.exit_code == 0
         assert (NAMED in result.stderr) == (name == "photo")
     assert torch.is_grad_enabled()

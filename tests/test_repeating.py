@@ -12,13 +12,13 @@ import miniatures
 import pytest
 import torch
 from aligning import PROMPTS, QUICK, align, aligned
+from command_line import run as command
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from alignprop_pipe import AlignPropPipeline
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config.settings import AlignConfig
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.rewards import registry
@@ -65,7 +65,7 @@ def assert_same(first: Path, second: Path) -> None:
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return command(str(word) for word in words)
 
 
 def pasted(command: str, folder: Path) -> Path:

@@ -9,9 +9,8 @@ import miniatures
 import pytest
 import torch
 from aligning import align, aligned, state
-from typer.testing import CliRunner
+from command_line import run
 
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config.settings import AlignConfig, SamplingOptions
 from alignprop_pipe.diffusion import memory
 from alignprop_pipe.diffusion.sample import sample_pictures
@@ -73,11 +72,11 @@ def test_pictures_that_cannot_fit_are_not_drawn(tmp_path: Path) -> None:
         next(sample_pictures(aligned(), ["a dog"], SamplingOptions(**HUGE, num_inference_steps=2)))
     miniatures.sd15().save_pretrained(tmp_path / "tiny")
     words = [str(tmp_path / "tiny"), "a dog", "--height", "100000", "--width", "100000", "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, ["sample", *words])
+    done = run("sample", *words)
     assert done.exit_code == 2, done.output
     assert "What would fit" in done.stderr
     words = [words[0], "--prompt", "a dog", "--reward", "jpeg", "--height", "90000", "--width", "9000", "--dry-run"]
-    assert "What would fit" in CliRunner().invoke(app, ["train", *words]).stderr
+    assert "What would fit" in run("train", *words).stderr
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

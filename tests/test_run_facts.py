@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.config.settings import FIELD_PATHS, PARTS
 from alignprop_pipe.errors import ConfigError
 from alignprop_pipe.runs import repeating
@@ -56,7 +55,7 @@ def test_what_is_not_known_is_somebody_else_s() -> None:
 def train(text: str, *words: str) -> str:
     """What is said of this config.json: refused with one sentence, and nothing else."""
     Path("config.json").write_text(text)
-    done = CliRunner().invoke(app, ["train", "--config", "config.json", "--dry-run", "--device", "cpu", *words])
+    done = run("train", "--config", "config.json", "--dry-run", "--device", "cpu", *words)
     assert done.exit_code == 2, done.output
     assert "unexpected" not in done.output
     assert "Traceback" not in done.output
@@ -120,7 +119,7 @@ def test_a_run_of_an_earlier_version_is_repeated_as_well_as_it_can_be() -> None:
     old |= {"prompts": "prompts.txt", "config": {"batch_size": 1, "evaluation": {"eval_prompts": 0, "judges": []}}}
     Path("config.json").write_text(json.dumps(old))
     words = ["train", "--config", "config.json", "--dry-run", "--device", "cpu", "--json"]
-    done = CliRunner().invoke(app, words)
+    done = run(*words)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["config"]["batch_size"] == 1
     assert "zscore(tv, mean=1.0, std=2.0)" in done.stderr

@@ -10,17 +10,16 @@ import miniatures
 import pytest
 import torch
 import typer
+from command_line import run
 from hub_server import Hub
 from huggingface_hub import constants, hf_api
 from test_hub import server as server  # a fixture
-from typer.testing import CliRunner
 
 from alignprop_pipe import Adapter, AlignConfig, AlignPropPipeline, PromptSet, parse_reward
 from alignprop_pipe.adapters.files import located
 from alignprop_pipe.adapters.inspect import inspect_adapter
 from alignprop_pipe.adapters.mix import mix
 from alignprop_pipe.bundled import is_bundled
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.cli.drawing import check_out
 from alignprop_pipe.cli.opening import check_model, is_model
 from alignprop_pipe.cli.planning import SettingsFile
@@ -134,7 +133,7 @@ def test_a_mistyped_path_is_told_without_the_network_in_python() -> None:
     ],
 )
 def test_a_mistyped_path_is_told_without_the_network_on_the_command_line(words: list[str]) -> None:
-    result = CliRunner().invoke(app, words)
+    result = run(*words)
     assert result.exit_code in (1, 2), result.output
     assert "there is no" in " ".join(result.output.split())
     assert "a socket" not in result.output
@@ -157,8 +156,8 @@ def test_a_scorer_s_mistyped_path_is_told_before_anything_is_loaded(text: str) -
     for source, way_out in (("models/x", "hf://models/x"), ("./x", ""), ("project/x", "hf://"), ("hf://x", "hf://me/")):
         with pytest.raises(RewardError, match=rf"{source}.*{way_out}"):
             pipe.align(text.format(repr(source)), ["a dog"], steps=1, num_inference_steps=2)
-        result = CliRunner().invoke(
-            app, ["train", "--prompt", "a", "--accept-license", "--reward", text.format(repr(source)), "--out", "out"]
+        result = run(
+            "train", "--prompt", "a", "--accept-license", "--reward", text.format(repr(source)), "--out", "out"
         )
         assert result.exit_code == 2, result.output
         assert source in result.output
@@ -265,7 +264,7 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_no_command_fails_on_a_text_that_is_no_path(words: list[str]) -> None:
     for text in ("a fox " * 50, "a\0b", "~nobody-here/x", "\udcff", "🦊" * 120):
-        result = CliRunner().invoke(app, [word.replace("{}", text) for word in words])
+        result = run(word.replace("{}", text) for word in words)
         assert result.exit_code in (1, 2), (text, result.output, result.exception)
         assert not [
             word

@@ -8,9 +8,8 @@ from pathlib import Path
 import miniatures
 import pytest
 from aligning import align, aligned
-from typer.testing import CliRunner
+from command_line import run
 
-from alignprop_pipe.cli.app import app
 from alignprop_pipe.runs.summary import Watch
 from alignprop_pipe.training.result import AlignResult
 
@@ -111,7 +110,7 @@ def train(place: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[lis
     words = ["train", "./tiny", "--reward", "brightness", "--judges", "-brightness", "--prompts", "prompts.txt"]
     words += ["--num-inference-steps", "2", "--batch-size", "2", "--gradient-accumulation-steps", "1", "--steps", "6"]
     words += ["--eval-prompts", "4", "--eval-every", "2", "--lr", "0.02", "--height", "16", "--width", "16"]
-    done = CliRunner().invoke(app, [*words, "--device", "cpu", "--no-keep-best", *more])
+    done = run(*words, "--device", "cpu", "--no-keep-best", *more)
     assert done.exit_code == 0, done.output
     return done.stdout.splitlines(), done.stderr
 
