@@ -137,7 +137,7 @@ OBJECTIVES = {
         prompts=DOGS,
         watched=(f"{HERE_IS}:SeesDog", *WATCHED),
     ),
-    "alignment-compressibility": Objective("zscore(clip) + 0.5*zscore(jpeg)", "both, on one scale", FILE_SIZE | RIGHT),
+    "alignment-compressibility": Objective("zscore(clip) + 0.15*zscore(jpeg)", "both, on one scale", FILE_SIZE | RIGHT),
 }
 
 
