@@ -7,6 +7,14 @@ class AlignError(Exception):
     """Base of all errors raised on purpose by this package.
 
     `result` is the AlignResult, with the adapter in it, of a run that had learned something when it failed; else None.
+
+    Example:
+        >>> from alignprop_pipe import AlignError, PromptSet
+        >>> try:
+        ...     PromptSet.load([])
+        ... except AlignError as error:
+        ...     print(str(error).partition(";")[0])
+        there are no prompts
     """
 
     result: typing.Any = None

@@ -76,6 +76,14 @@ class AlignPropPipeline(Stock):
     """Mixin that gives `align`, `save_adapter` and `load_adapter` to a stock pipeline class.
 
     Make one with `from_pretrained`, `from_pipe` or `from_single_file`; it is an instance of the stock class too.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 2, "eval_prompts": 2}
+        >>> result = pipe.align("clip", "emoji", progress=False, **options)
+        >>> pipe("two cats on a blue background", num_inference_steps=2).images[0].size
+        (64, 64)
     """
 
     @classmethod

@@ -42,6 +42,14 @@ class PromptSet:
     `source` is the file or the named set that they were read from, as it was given; empty for a list.
 
     Raises PromptError for a prompt that is blank or no text, and for a column of another length.
+
+    Example:
+        >>> from alignprop_pipe import PromptSet
+        >>> prompts = PromptSet(("a fox", "two cats"), {"count": (1, 2)})
+        >>> prompts.take([1]).targets
+        {'count': [2]}
+        >>> PromptSet.load("animals").source
+        'animals'
     """
 
     prompts: tuple[str, ...]

@@ -25,7 +25,15 @@ class PromptBatch:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Finished pictures in [0, 1]; their graph reaches back through the denoiser calls of `graded`."""
+    """Finished pictures in [0, 1]; their graph reaches back through the denoiser calls of `graded`.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe import Rollout
+        >>> rollout = Rollout(torch.zeros(1, 3, 8, 8), range(45, 50), 50, None)
+        >>> len(rollout.graded)
+        5
+    """
 
     images: Images | Videos
     graded: range
@@ -35,7 +43,15 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One total per picture, and each part of the reward under its own name, unweighted."""
+    """One total per picture, and each part of the reward under its own name, unweighted.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe import parse_reward
+        >>> scores = parse_reward("brightness + 2*symmetry")(torch.ones(1, 3, 8, 8), ["a fox"])
+        >>> scores.total, sorted(scores.parts)
+        (tensor([1.]), ['brightness', 'symmetry'])
+    """
 
     total: Rewards
     parts: Mapping[str, Rewards]
@@ -56,6 +72,14 @@ class Evidence:
     `held_out` is False where there were too few prompts to keep any out of the training: then these are the training
     prompts, with noise that the training never draws. `merit` is what `keep_best` and `patience` follow, higher is
     better, compared number by number; empty where it is not known.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, evaluate, parse_reward
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> config = AlignConfig.preset("emoji").replace(num_inference_steps=1)
+        >>> evidence = evaluate(pipe, parse_reward("jpeg"), [], PromptSet(("a fox", "two cats")), config, step=0)
+        >>> len(evidence.per_prompt["reward"]), tuple(evidence.images.shape)
+        (2, (2, 3, 64, 64))
     """
 
     step: int
@@ -101,6 +125,14 @@ class StepRecord:
 
     `images` are the pictures of the step's first batch, on the CPU, for a preview (of videos the middle frames); a
     finished run keeps none of them.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"batch_size": 1, "num_inference_steps": 2, "eval_prompts": 0, "progress": False}
+        >>> result = pipe.align("jpeg", ["a fox"], steps=2, truncation="last:1", **options)
+        >>> [(record.step, record.graded) for record in result.history]
+        [(1, (1,)), (2, (1,))]
     """
 
     step: int

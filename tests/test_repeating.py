@@ -12,11 +12,10 @@ import miniatures
 import pytest
 import torch
 from aligning import PROMPTS, QUICK, align, aligned
-from command_line import run as command
+from command_line import run
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import Result
 
 from alignprop_pipe import AlignPropPipeline
 from alignprop_pipe.config.settings import AlignConfig
@@ -62,10 +61,6 @@ def assert_same(first: Path, second: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(bool(tensor.any()) for name, tensor in one.items() if "lora_B" in name or "lora.up" in name)
     assert records(first) == records(second)
-
-
-def run(*words: object) -> Result:
-    return command(str(word) for word in words)
 
 
 def pasted(command: str, folder: Path) -> Path:

@@ -1,7 +1,5 @@
 """Which steps carry gradient: always a tail, K uniform, drawn once for a trajectory."""
 
-import doctest
-
 import pytest
 import torch
 from hypothesis import given
@@ -84,10 +82,6 @@ def test_the_generator_decides():
     first, second, other = ([RandomLastK().plan(50, seeded(s)) for _ in range(3)] for s in (1, 1, 2))
     assert first == second
     assert first != other
-
-
-def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(truncation) == doctest.TestResults(failed=0, attempted=6)
 
 
 @pytest.mark.parametrize("rule", truncation.RULES, ids=lambda rule: rule.keyword)

@@ -45,6 +45,15 @@ class Adapter(Mapping[str, Tensor]):
         base: the model that it was made for.
         metadata: texts about it, by their names in a file's header.
         run_folder: where the run that made it left its evidence, for `push_to_hub`; never written into a file.
+
+    Example:
+        >>> from alignprop_pipe import Adapter, AlignPropPipeline
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> adapter = pipe.align("jpeg", ["a fox"], **options).adapter
+        >>> file = adapter.save("fox.safetensors")[0]
+        >>> Adapter.load(file) == adapter
+        True
     """
 
     layers: Layers

@@ -51,6 +51,14 @@ def save_adapter(
 
     Raises:
         AdapterError: there is no adapter, or `path` is not usable.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline, save_adapter
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> result = pipe.align("jpeg", ["a fox"], **options)
+        >>> [file.name for file in save_adapter(pipe, "fox.safetensors", format="diffusers")]
+        ['fox.safetensors']
     """
     return Adapter.of(pipe, metadata).save(path, format=format, dtype=dtype)
 
@@ -82,6 +90,13 @@ def load_adapter(
         AdapterError: the file is missing, damaged, a pickle, or made for another model; or `pipe` is in a state in
             which an adapter has no effect (fused LoRAs or projections). The pipeline is as it was.
         ConfigError: `window` is none.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline, load_adapter
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> files = pipe.align("jpeg", ["a fox"], **options).adapter.save("fox.safetensors")
+        >>> load_adapter(AlignPropPipeline.from_pretrained("emoji"), "fox.safetensors", scale=0.5)
     """
     if not math.isfinite(scale):
         raise AdapterError(f"the scale is {scale}; it has to be a number such as 1.0")

@@ -41,6 +41,14 @@ class Inspection:
 
     `ranks`, `alphas`, `targets` and `dtypes` count layers (for `dtypes`, tensors) by rank, alpha, kind of layer and
     number format; `format` is whose names its keys have. `problems` are sentences, the worst first; empty: none found.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline, inspect_adapter
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> files = pipe.align("jpeg", ["a fox"], **options).adapter.save("fox.safetensors", format="comfyui")
+        >>> inspect_adapter("fox.safetensors").problems
+        ()
     """
 
     file: str
@@ -76,6 +84,14 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
 
     Raises:
         AdapterError: the file is missing, cut off, damaged, a pickle, or no LoRA.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline, inspect_adapter
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> files = pipe.align("jpeg", ["a fox"], **options).adapter.save("fox.safetensors", format="comfyui")
+        >>> dict(inspect_adapter("fox.safetensors").ranks)
+        {16: 72}
     """
     file = open_adapter(path, allow_pickle=allow_pickle, finite=False)
     base, header, in_file = file.base, file.header, file.in_file

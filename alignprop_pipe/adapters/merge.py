@@ -53,6 +53,14 @@ def merge(
             another model, or for some of the steps alone.
         PipelineError: a checkpoint file of another model, or weights that do not fit `dtype`.
         RunError: the disk does not take it.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline, merge
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> adapter = pipe.align("jpeg", ["a fox"], **options).adapter
+        >>> merge(AlignPropPipeline.from_pretrained("emoji"), adapter, "merged").name
+        'merged'
     """
     target = Path(out)
     if exists(target) or target.is_symlink():

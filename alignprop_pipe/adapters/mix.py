@@ -43,6 +43,14 @@ def mix(parts: Sequence[tuple[Source, float]] | Mapping[str | Path, float], rank
 
     Raises:
         AdapterError: the parts are of different base models, or cannot be read; or a weight is no number.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline, mix
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> first, second = (pipe.align(reward, ["a fox"], rank=2, **options).adapter for reward in ("jpeg", "colour"))
+        >>> {rank for rank, _ in mix([(first, 0.5), (second, 0.5)]).shapes.values()}
+        {4}
     """
     taken = _taken(parts)
     if rank is not None and (not is_whole(rank) or rank < 1):

@@ -35,7 +35,13 @@ def _finite(name: str, value: Any) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RecomputeAll:
-    """Every graded step is recomputed in the backward pass: least memory, flat in the number of steps."""
+    """Every graded step is recomputed in the backward pass: least memory, flat in the number of steps.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, RecomputeAll
+        >>> AlignConfig().replace(checkpointing="all").checkpointing == RecomputeAll()
+        True
+    """
 
     def __str__(self) -> str:
         return "all"
@@ -43,7 +49,13 @@ class RecomputeAll:
 
 @dataclass(frozen=True, slots=True)
 class RecomputeNone:
-    """Every graded step keeps its activations: fastest, memory grows with K."""
+    """Every graded step keeps its activations: fastest, memory grows with K.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, RecomputeNone
+        >>> AlignConfig().replace(checkpointing="none").checkpointing == RecomputeNone()
+        True
+    """
 
     def __str__(self) -> str:
         return "none"
@@ -51,7 +63,13 @@ class RecomputeNone:
 
 @dataclass(frozen=True, slots=True)
 class KeepSteps:
-    """`steps` graded steps (the last ones) keep their activations, the others are recomputed."""
+    """`steps` graded steps (the last ones) keep their activations, the others are recomputed.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, KeepSteps
+        >>> AlignConfig().replace(checkpointing=2).checkpointing == KeepSteps(2)
+        True
+    """
 
     steps: int
 
@@ -86,7 +104,13 @@ def checkpointing_from_text(text: str) -> Checkpointing:
 
 @dataclass(frozen=True, slots=True)
 class Maximize:
-    """loss = -mean(reward)."""
+    """loss = -mean(reward).
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, Maximize
+        >>> AlignConfig().loss == Maximize()
+        True
+    """
 
     def __str__(self) -> str:
         return "maximize"
@@ -94,7 +118,13 @@ class Maximize:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """loss = mean(|reward - value|); the paper's aesthetic run aims at 10."""
+    """loss = mean(|reward - value|); the paper's aesthetic run aims at 10.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, Target
+        >>> AlignConfig().replace(loss="target:0.5").loss == Target(0.5)
+        True
+    """
 
     value: float
 
@@ -107,7 +137,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Hinge:
-    """loss = mean(relu(margin - reward)): pictures past the margin pull no more (ReFL uses 2)."""
+    """loss = mean(relu(margin - reward)): pictures past the margin pull no more (ReFL uses 2).
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, Hinge
+        >>> AlignConfig().replace(loss="hinge:0.8").loss == Hinge(0.8)
+        True
+    """
 
     margin: float
 
@@ -144,6 +180,11 @@ class Window:
     """The share of the denoising steps, from `start` to before `end`, in which an adapter works; outside the base does.
 
     0 is the first step, at full noise, and 1 the end. The windows 0.0-0.6 and 0.6-1.0 share no step and leave none out.
+
+    Example:
+        >>> from alignprop_pipe import Window
+        >>> Window(0.0, 0.6).steps(10)
+        range(0, 6)
     """
 
     start: float = 0.0

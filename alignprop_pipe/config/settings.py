@@ -72,7 +72,13 @@ def _by_name(kind: type[Made]) -> type[Made]:
 @_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions(_Checked):
-    """The adapter that is trained."""
+    """The adapter that is trained.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, LoraOptions
+        >>> AlignConfig(lora=LoraOptions(rank=16)) == AlignConfig().replace(rank=16)
+        True
+    """
 
     rank: int = option(4, "rank of the LoRA (paper: 4)", low=1, high=4096)
     alpha: float | None = option(None, "LoRA alpha; the update is scaled by alpha / rank (default: the rank)", above=0)
@@ -89,7 +95,13 @@ class LoraOptions(_Checked):
 @_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions(_Checked):
-    """AdamW (paper: lr 1e-3, betas .9 and .999, weight decay 0.1, clip 5)."""
+    """AdamW (paper: lr 1e-3, betas .9 and .999, weight decay 0.1, clip 5).
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, OptimizerOptions
+        >>> AlignConfig(optimizer=OptimizerOptions(lr=3e-4)) == AlignConfig().replace(lr=3e-4)
+        True
+    """
 
     lr: float = option(1e-3, "learning rate", above=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
@@ -114,7 +126,13 @@ class OptimizerOptions(_Checked):
 @_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions(_Checked):
-    """How pictures are made during training and for the held-out evidence: arguments of the stock pipeline."""
+    """How pictures are made during training and for the held-out evidence: arguments of the stock pipeline.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, SamplingOptions
+        >>> AlignConfig(sampling=SamplingOptions(guidance_scale=5.0)) == AlignConfig().replace(guidance_scale=5.0)
+        True
+    """
 
     num_inference_steps: int = option(50, "denoising steps T (paper: 50)", low=1, high=1000)
     guidance_scale: float = option(7.5, "classifier-free guidance (paper: 7.5)", low=0)
@@ -131,6 +149,11 @@ class EvaluationOptions(_Checked):
 
     Where there are fewer than eight different prompts, all are trained on, and these pictures are of the same prompts
     with other noise.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, EvaluationOptions
+        >>> AlignConfig(evaluation=EvaluationOptions(eval_prompts=16, judges=("sharpness",))).evaluation.eval_prompts
+        16
     """
 
     eval_every: int = option(
@@ -173,7 +196,16 @@ class EvaluationOptions(_Checked):
 @_by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignConfig(_Checked):
-    """Everything that decides a run (see the fields; `AlignConfig.preset` has named starting points)."""
+    """Everything that decides a run (see the fields; `AlignConfig.preset` has named starting points).
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig
+        >>> config = AlignConfig().replace(steps=20, rank=8, truncation="last:1")
+        >>> config.lora.rank, str(config.truncation)
+        (8, 'last:1')
+        >>> AlignConfig.from_dict(config.to_dict()) == config
+        True
+    """
 
     steps: int = option(60, "optimizer steps", low=1)
     batch_size: int = option(4, "pictures made at once", low=1)

@@ -25,6 +25,15 @@ class Reward:
     """One score per image, higher is better. A subclass sets `name` and writes `score`.
 
     Calling a reward gives `Scores`: the total, with its gradient, and the parts for the log, without.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe import Reward
+        >>> class Redness(Reward):
+        ...     def score(self, images, prompts, targets):
+        ...         return images[:, 0].mean(dim=(1, 2))
+        >>> (Redness() + 0.5 * Redness())(torch.ones(2, 3, 8, 8), ["a fox", "a cat"]).total
+        tensor([1.5000, 1.5000])
     """
 
     entry: ClassVar[RewardEntry | None] = None
@@ -195,6 +204,12 @@ class WeightedSum(Combination):
     """A sum of rewards with weights. Its parts are those of its terms, unweighted, under their own names.
 
     Sums inside sums are multiplied out: `2*(a - 0.5*b)` is `2*a - b`.
+
+    Example:
+        >>> from alignprop_pipe.rewards import Brightness, Jpeg, WeightedSum
+        >>> both = Brightness() + 0.1 * Jpeg()
+        >>> isinstance(both, WeightedSum), str(both)
+        (True, 'brightness + 0.1*jpeg')
     """
 
     name = "sum"

@@ -25,6 +25,13 @@ def calibrate(reward: Reward, images: Images, prompts: list[str], targets: Targe
 
     Nothing is trained and nothing changed in place; `str()` of the result holds the numbers. Networks run where the
     images are, a few pictures at a time. Raises RewardError where a reward has no spread on these pictures.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import calibrate, parse_reward
+        >>> pictures = torch.tensor([0.25, 0.75]).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        >>> str(calibrate(parse_reward("zscore(brightness)"), pictures, ["", ""], {}))
+        'zscore(brightness, mean=0.5, std=0.3536)'
     """
     if len(prompts) != len(images):
         raise RewardError(f"{len(images)} images but {len(prompts)} prompts: one each is needed")
@@ -108,6 +115,14 @@ class ZScore(Measured):
 
     Without a unit, so that weights mean something: in `zscore(aesthetic) + 0.5*zscore(clip)` one standard deviation
     of the first is worth two of the second. `zscore(clip, mean=0.71, std=0.08)` measures nothing.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import calibrate, parse_reward
+        >>> pictures = torch.linspace(0, 1, 21).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        >>> zscore = calibrate(parse_reward("zscore(brightness)"), pictures, [""] * 21, {})
+        >>> zscore(torch.full((1, 3, 8, 8), 0.5), [""]).total.abs()
+        tensor([0.])
     """
 
     name = "zscore"
@@ -142,6 +157,14 @@ class Scaled(Measured):
     Percentiles, so that one odd picture does not decide. Not cut off: better than the base is over 1, and
     `clip_above(scaled(clip), 1)` stops pulling there. `scaled(clip, low=0.6, high=0.8)` measures nothing; `low` may
     be the higher number, which turns the reward round.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import calibrate, parse_reward
+        >>> pictures = torch.linspace(0, 1, 21).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        >>> scaled = calibrate(parse_reward("scaled(brightness)"), pictures, [""] * 21, {})
+        >>> scaled(torch.full((1, 3, 8, 8), 0.5), [""]).total
+        tensor([0.5000])
     """
 
     name = "scaled"
@@ -179,6 +202,12 @@ class Min(Combination):
 
     The gradient goes to the smallest one alone. Scores of different units are not comparable: bring them to one scale
     first, as in `min(zscore(clip), zscore(aesthetic))`. The largest is `-min(-a, -b)`.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import parse_reward
+        >>> parse_reward("min(brightness, symmetry)")(torch.ones(1, 3, 8, 8), [""]).total.abs()
+        tensor([0.])
     """
 
     name = "min"
@@ -202,6 +231,11 @@ class SoftMin(Combination):
     Every reward gets gradient, the smallest the most: softmax(-score / t). `temperature` t has the unit of the scores:
     near 0 it is `min`, far above their differences it is the mean. Scores of different units are not comparable: bring
     them to one scale first, as in `softmin(zscore(clip), zscore(aesthetic))`, where t = 1 is one standard deviation.
+
+    Example:
+        >>> from alignprop_pipe.rewards import parse_reward
+        >>> str(parse_reward("softmin(zscore(clip), zscore(jpeg), temperature=0.5)"))
+        'softmin(zscore(clip), zscore(jpeg), temperature=0.5)'
     """
 
     name = "softmin"
@@ -230,6 +264,12 @@ class ClipAbove(OfOne):
     """`min(score, value)`: past `value` a picture is good enough, and its gradient stops.
 
     A brake on over-optimisation. For a reward that shall stay low, put the minus inside: `clip_above(-tv, -0.02)`.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import parse_reward
+        >>> parse_reward("clip_above(brightness, 0.4)")(torch.ones(1, 3, 8, 8), [""]).total
+        tensor([0.4000])
     """
 
     name = "clip_above"
@@ -252,6 +292,13 @@ class Watch(Combination):
     """Logs a reward in training without training on it: 0 in the total, no gradient; a judge may stand here too.
 
     `clip + watch(jpeg)`; weights make no difference. Judges of the held-out pictures alone are cheaper: `judges=`.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import parse_reward
+        >>> scores = parse_reward("brightness + watch(sharpness)")(torch.ones(1, 3, 8, 8), [""])
+        >>> scores.total, "sharpness" in scores.parts
+        (tensor([1.]), True)
     """
 
     name = "watch"

@@ -45,6 +45,17 @@ def check_reward(reward: Reward, images: Images, prompts: list[str], targets: Ta
     rightly has no slope where noise scores well. So nothing need be calibrated yet. What is watched is left out.
     Gradient mode must be on. Raises RewardShapeError, RewardGradientError or RewardValueError; RewardError for a judge
     and for a reward that fails.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.errors import RewardError
+        >>> from alignprop_pipe.rewards import as_reward, check_reward
+        >>> blind = as_reward(lambda images: images.detach().mean(dim=(1, 2, 3)))
+        >>> try:
+        ...     check_reward(blind, torch.rand(2, 3, 64, 64), ["", ""], {})
+        ... except RewardError as error:
+        ...     print("gradient" in str(error))
+        True
     """
     terms = list(reward.trained())
     if not terms:

@@ -37,6 +37,11 @@ def parse_reward(text: str, accept_license: bool = False, allow_code: bool = Fal
     that names code is refused before anything in it is made, unless the code was named by `--import` before.
 
     Raises RewardError that points at the character.
+
+    Example:
+        >>> from alignprop_pipe import parse_reward
+        >>> str(parse_reward("jpeg(quality=60) - 0.5*tv"))
+        'jpeg(quality=60) - 0.5*tv'
     """
     if not allow_code:
         refuse_code(text)
@@ -72,6 +77,14 @@ def register(
 
     Raises RewardError for a name that is taken (by a reward of your own: `replace=True` puts this in its place; the
     same function from the same file always does) or that cannot stand in an expression.
+
+    Example:
+        >>> from alignprop_pipe.rewards import parse_reward, register
+        >>> @register("example_redness", summary="how red", replace=True)
+        ... def redness(images):
+        ...     return images[:, 0].mean(dim=(1, 2))
+        >>> str(parse_reward("clip + 0.5*example_redness"))
+        'clip + 0.5*example_redness'
     """
     if reward is None:
         about = {"summary": summary, "range_text": range_text, "licence": licence, "replace": replace}
@@ -143,6 +156,12 @@ def as_reward(source: "Reward | str | Callable[..., Any]") -> "Reward":
     """Make a reward of a reward, an expression, or any Python function that keeps the gradient.
 
     An expression is taken as typed by you and may name code; use `parse_reward` for one that came from elsewhere.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe import as_reward
+        >>> as_reward(lambda images: images.mean(dim=(1, 2, 3)))(torch.ones(1, 3, 8, 8), [""]).total
+        tensor([1.])
     """
     from alignprop_pipe.rewards.base import Reward
     from alignprop_pipe.rewards.scorers.python import PythonReward

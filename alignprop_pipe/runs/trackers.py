@@ -19,6 +19,14 @@ class Trackers:
     What a tracker writes to disk goes to `<out>/alignprop`. Nothing is started before the first record.
 
     Raises ConfigError for a tracker that accelerate does not know, or that is not installed.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, Trackers
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> with Trackers([], AlignConfig(), "runs/fox") as trackers:  # for example ["tensorboard"]
+        ...     pipe.align("jpeg", ["a fox"], on_step=trackers.on_step, **options).steps
+        1
     """
 
     def __init__(self, names: Sequence[str], config: AlignConfig, out: str | Path) -> None:

@@ -47,6 +47,14 @@ def evaluate(
 
     Videos are scored frame by frame and averaged; their middle frame is kept. `call_kwargs` are further arguments
     of this pipeline (`num_frames`, `strength`, ...). Raises PromptError for an empty set, and PipelineError.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, evaluate, parse_reward
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> config = AlignConfig.preset("emoji").replace(num_inference_steps=1)
+        >>> judges = [parse_reward("sharpness")]
+        >>> evaluate(pipe, parse_reward("jpeg"), judges, PromptSet(("a fox",)), config, step=0).judges.keys()
+        dict_keys(['sharpness'])
     """
     return assess(reward, judges, prompts, render(pipe, prompts, config, **call_kwargs), config, step)
 

@@ -124,6 +124,13 @@ def align_steps(
     `judges` are those that `config` names, where they are not given.
 
     Raises PipelineError, PromptError, RewardError, ConfigError at once, and TrainingDiverged while iterating.
+
+    Example:
+        >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, align_steps, parse_reward
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> config = AlignConfig.preset("emoji").replace(steps=2, batch_size=1, num_inference_steps=1, eval_prompts=0)
+        >>> [record.step for record in align_steps(pipe, parse_reward("jpeg"), PromptSet(("a fox",)), config)]
+        [1, 2]
     """
     with autograd_on():
         if judges is None:

@@ -22,6 +22,14 @@ class AlignResult:
     were trained on and held out, in words; `followed` what the kept adapter was chosen by; `chosen_from` is the number
     of looks that it was chosen from: with more than one, its scores there are a little better than they would be on
     other prompts (`choice` says so). `cuts` are the prompts that a reward or a judge could not read to their end.
+
+    Example:
+        >>> from alignprop_pipe import AlignPropPipeline
+        >>> pipe = AlignPropPipeline.from_pretrained("emoji")
+        >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
+        >>> result = pipe.align("jpeg", ["a fox"], **options)
+        >>> result.steps, result.reward, result.interrupted
+        (1, 'jpeg', False)
     """
 
     reward: str

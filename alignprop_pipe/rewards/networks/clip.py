@@ -78,6 +78,12 @@ class ClipScore(TwoTowers):
         scale: what the cosine is multiplied with.
         dtype: number format of the network.
         offload: keep the network in main memory between scores.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import ClipScore
+        >>> ClipScore("emoji")(torch.rand(1, 3, 64, 64), ["a fox"]).total.shape
+        torch.Size([1])
     """
 
     name = "clip"

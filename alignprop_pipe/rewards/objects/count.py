@@ -177,6 +177,14 @@ class Count(ObjectReward):
         objects: what is wanted: a name (then `number` says how many), words such as "two dogs and a cat", or
             {"dog": 2, "cat": 1}; None takes what the prompt says.
         number: how many of the one object; None takes the number from `objects`.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Count, parse_reward
+        >>> parse_reward('count({"dog": 2})') == Count({"dog": 2})
+        True
+        >>> Count()(torch.zeros(1, 3, 64, 64), ["two dogs"]).parts["count.detected"]
+        tensor([0.])
     """
 
     name = "count"
@@ -227,6 +235,12 @@ class Contains(ObjectReward):
 
     Args:
         objects: what has to be there: a name, or several with commas between them; None takes what the prompt says.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Contains
+        >>> bool(Contains("fox")(torch.zeros(1, 3, 64, 64), [""]).total < 0)  # no fox in a black picture
+        True
     """
 
     name = "contains"
@@ -272,6 +286,12 @@ class Without(Contains):
 
     Args:
         objects: what must not be there: a name, or several with commas between them; None takes what the prompt says.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Without
+        >>> Without("dog")(torch.zeros(1, 3, 64, 64), [""]).parts["without.right"]
+        tensor([1.])
     """
 
     name = "without"

@@ -72,6 +72,11 @@ class Aesthetic(NetworkReward):
         trunk: a transformers CLIPModel with its preprocessor_config.json, by Hub id or folder.
         dtype: number format of the network.
         offload: keep the network in main memory between scores.
+
+    Example:
+        >>> from alignprop_pipe.rewards import Aesthetic, parse_reward
+        >>> parse_reward("aesthetic") == Aesthetic()  # 1.7 GB are downloaded when it scores for the first time
+        True
     """
 
     name = "aesthetic"
@@ -148,6 +153,11 @@ class Aesthetic25(Aesthetic):
         offload: keep the network in main memory between scores.
 
     Raises RewardError with a notice unless the licence is accepted.
+
+    Example:
+        >>> from alignprop_pipe.rewards import parse_reward
+        >>> str(parse_reward("aesthetic2.5", accept_license=True))
+        'aesthetic2.5(accept_license=True)'
     """
 
     name = "aesthetic2.5"

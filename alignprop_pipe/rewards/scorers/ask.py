@@ -45,6 +45,13 @@ class Ask(NetworkReward):
         revision: branch, tag or commit of the model on the Hub.
         dtype: number format of the network: "float32", "bfloat16" or "float16".
         offload: keep the network in main memory between scores.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Ask
+        >>> ask = Ask("does the picture show {prompt}?", model="emoji")
+        >>> ask(torch.rand(2, 3, 64, 64), ["a fox", "two cats"]).total.shape
+        torch.Size([2])
     """
 
     name = "ask"

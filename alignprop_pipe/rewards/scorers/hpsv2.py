@@ -33,6 +33,11 @@ class HpsV2(TwoTowers):
             not hold them.
         dtype: number format of the network.
         offload: keep the network in main memory between scores.
+
+    Example:
+        >>> from alignprop_pipe.rewards import HpsV2, parse_reward
+        >>> parse_reward("hpsv2") == HpsV2()  # 2.0 GB are downloaded when it scores for the first time
+        True
     """
 
     name = "hpsv2"
@@ -102,7 +107,13 @@ class HpsV2(TwoTowers):
 
 
 class HpsV21(HpsV2):
-    """As `HpsV2`, trained on better data: use this one unless you compare with published numbers of v2."""
+    """As `HpsV2`, trained on better data: use this one unless you compare with published numbers of v2.
+
+    Example:
+        >>> from alignprop_pipe.rewards import HpsV21, parse_reward
+        >>> parse_reward("hpsv2.1") == HpsV21()
+        True
+    """
 
     name = "hpsv2.1"
     entry = RewardEntry(

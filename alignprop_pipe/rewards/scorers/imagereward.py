@@ -59,6 +59,11 @@ class ImageReward(NetworkReward):
         offload: keep the network in main memory between scores.
         tokenizer: Hub id or folder of the BERT tokenizer; by default the one beside the weights, else
             google-bert/bert-base-uncased.
+
+    Example:
+        >>> from alignprop_pipe.rewards import ImageReward, parse_reward
+        >>> parse_reward("imagereward") == ImageReward()  # 1.8 GB are downloaded when it scores for the first time
+        True
     """
 
     name = "imagereward"

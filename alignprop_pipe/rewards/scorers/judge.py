@@ -24,6 +24,13 @@ class AttributeJudge(NetworkReward):
 
     `model` is a transformers image classifier whose labels are `attribute:value` ("subject:dog"); "emoji" is the
     bundled judge with subject, count and background. The extras hold 1.0 or 0.0 for each attribute.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import AttributeJudge
+        >>> targets = {"subject": ["fox"], "count": ["one"], "background": ["red"]}
+        >>> AttributeJudge()(torch.zeros(1, 3, 64, 64), ["one fox on a red background"], targets).total
+        tensor([0.])
     """
 
     name = "emoji_judge"

@@ -36,6 +36,13 @@ class PythonReward(Reward):
         source: where the function is: module:function, or file.py:function with the path relative to the current
             folder; in Python also the function itself, a `Reward`, a `torch.nn.Module`, or a class of these two.
         options: passed on as keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import PythonReward
+        >>> brightness = PythonReward(lambda images, factor: factor * images.mean(dim=(1, 2, 3)), factor=2)
+        >>> brightness(torch.ones(1, 3, 8, 8), [""]).total
+        tensor([2.])
     """
 
     name = "python"

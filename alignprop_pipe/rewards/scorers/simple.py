@@ -15,7 +15,14 @@ def luma(images: Images) -> Tensor:
 
 
 class Brightness(Reward):
-    """Mean luma: 0 (black) to 1 (white)."""
+    """Mean luma: 0 (black) to 1 (white).
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Brightness
+        >>> Brightness()(torch.full((1, 3, 8, 8), 0.5), [""]).total
+        tensor([0.5000])
+    """
 
     name = "brightness"
     entry = RewardEntry(
@@ -30,7 +37,14 @@ class Brightness(Reward):
 
 
 class Colour(Reward):
-    """Colourfulness (Hasler and Suesstrunk, 2003): 0 (grey) to about 1; vivid photographs 0.4 (109 / 255)."""
+    """Colourfulness (Hasler and Suesstrunk, 2003): 0 (grey) to about 1; vivid photographs 0.4 (109 / 255).
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Colour
+        >>> Colour()(torch.full((1, 3, 8, 8), 0.5), [""]).total.round(decimals=2)
+        tensor([0.])
+    """
 
     name = "colour"
     entry = RewardEntry(
@@ -49,7 +63,14 @@ class Colour(Reward):
 
 
 class Sharpness(Reward):
-    """Variance of the Laplacian of the luma: 0 (flat) to 16 (a chessboard of pixels); photographs about 0.01."""
+    """Variance of the Laplacian of the luma: 0 (flat) to 16 (a chessboard of pixels); photographs about 0.01.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Sharpness
+        >>> Sharpness()(torch.full((1, 3, 8, 8), 0.5), [""]).total
+        tensor([0.])
+    """
 
     name = "sharpness"
     entry = RewardEntry(
@@ -67,7 +88,14 @@ class Sharpness(Reward):
 
 
 class TotalVariation(Reward):
-    """Mean absolute step to the right and lower neighbour: 0 (flat) to 2. As `-tv` it makes pictures calm."""
+    """Mean absolute step to the right and lower neighbour: 0 (flat) to 2. As `-tv` it makes pictures calm.
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import TotalVariation
+        >>> TotalVariation()(torch.ones(1, 3, 8, 8), [""]).total
+        tensor([0.])
+    """
 
     name = "tv"
     entry = RewardEntry(
@@ -84,7 +112,14 @@ class TotalVariation(Reward):
 
 
 class Symmetry(Reward):
-    """Minus the mean squared difference between a picture and its mirror image: -1 to 0 (symmetric)."""
+    """Minus the mean squared difference between a picture and its mirror image: -1 to 0 (symmetric).
+
+    Example:
+        >>> import torch
+        >>> from alignprop_pipe.rewards import Symmetry
+        >>> Symmetry()(torch.ones(1, 3, 8, 8), [""]).total.abs()
+        tensor([0.])
+    """
 
     name = "symmetry"
     entry = RewardEntry(
