@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -201,7 +200,7 @@ def _parameters(entry: RewardEntry) -> tuple[Widget, ...]:
 
 
 def _signature(entry: RewardEntry) -> list[inspect.Parameter]:
-    return list(inspect.signature(_class(entry).__init__).parameters.values())[1:]
+    return list(inspect.signature(entry.kind.__init__).parameters.values())[1:]
 
 
 def _parameter(spec: inspect.Parameter, told: str) -> Widget:
@@ -230,15 +229,10 @@ def _parameter_kind(spec: inspect.Parameter, default: Any) -> Kind:
     return "FLOAT" if float in members else "INT" if int in members else "STRING"
 
 
-def _class(entry: RewardEntry) -> Any:
-    module, _, attribute = entry.where.partition(":")
-    return entry.registered or getattr(import_module(module), attribute)
-
-
 def _told(entry: RewardEntry) -> dict[str, str]:
     """What the docstrings of a reward and of its base classes say of the parameters, by name."""
     told: dict[str, str] = {}
-    for kind in _class(entry).__mro__:
+    for kind in entry.kind.__mro__:
         section = (inspect.getdoc(kind) or "").partition("Args:\n")[2].partition("\n\n")[0]
         for match in re.finditer(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):
             told.setdefault(match[1], re.sub(r"\s+", " ", match[2]).replace("`", ""))

@@ -196,6 +196,10 @@ def test_a_new_reward_is_one_file(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found == wanted
     (folder / "warmth.py").write_text("class Warmth(Reward):\n    name = N\n    entry = RewardEntry(summary='')\n")
+    (folder / "other.py").write_text("class Other(Reward):\n    entry: object = RewardEntry(summary='')\n")
+    with pytest.raises(ValueError, match="Other has an entry and no name"):
+        list(entries_in(tmp_path / "rewards", "alignprop_pipe.rewards"))
+    (folder / "other.py").unlink()
     with pytest.raises(ValueError, match="malformed"):
         list(entries_in(tmp_path / "rewards", "alignprop_pipe.rewards"))
 

@@ -1,5 +1,6 @@
 """The licences that an adapter carries on: that of its base model, and those of what its reward was computed with."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,6 @@ OWN_NAMES = frozenset({"stabilityai-ai-community", "flux-1-dev-non-commercial-li
 """Licences that the Hub files under `other`."""
 
 
-MODEL_FIRST = frozenset({"clip", "aesthetic", "aesthetic2.5", "hpsv2", "hpsv2.1", "pickscore", "imagereward"})
-"""Rewards whose first argument names their weights."""
-
-
 @dataclass(frozen=True, slots=True)
 class Licence:
     """Of one thing: `name` as it is filed (`UNKNOWN`, or empty where there is nothing to license), `text` in words."""
@@ -72,7 +69,7 @@ def reward_licences(expression: str, *, judge: bool = False) -> list[Licence]:
     found: dict[str, Licence] = {}
 
     def note(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        licence = _reward_licence(kind, name, kwargs.get("model", args[0] if name in MODEL_FIRST and args else None))
+        licence = _reward_licence(kind, name, _model_in(name, args, kwargs))
         found[licence.of] = licence
         return 1
 
@@ -81,6 +78,14 @@ def reward_licences(expression: str, *, judge: bool = False) -> list[Licence]:
     except RewardError:
         return [Licence(f"{kind} {expression}", UNKNOWN, "of its author", binds=not judge)]
     return [one for one in found.values() if one.text]
+
+
+def _model_in(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The weights that the arguments of a reward name; None for the usual ones, or a reward that is not known."""
+    if "model" in kwargs or name not in REGISTRY:
+        return kwargs.get("model")
+    parameters = [one for one in inspect.signature(REGISTRY[name].kind.__init__).parameters if one != "self"]
+    return dict(zip(parameters, args, strict=False)).get("model")
 
 
 def overall(licences: Sequence[Licence]) -> dict[str, str]:

@@ -63,10 +63,15 @@ class RewardEntry:
 
         return all(isinstance(try_to_load_from_cache(source, file), str) for source, file in self.weights)
 
+    @property
+    def kind(self) -> Any:
+        """The class, imported if need be."""
+        module, _, attribute = self.where.partition(":")
+        return self.registered or getattr(import_module(module), attribute)
+
     def make(self, *args: Any, **kwargs: Any) -> Any:
         """The `Reward` with these arguments. Raises RewardError for arguments that it does not take."""
-        module, _, attribute = self.where.partition(":")
-        kind = self.registered or getattr(import_module(module), attribute)
+        kind = self.kind
         try:
             inspect.signature(kind.__init__).bind(None, *args, **kwargs)
         except TypeError as error:
@@ -83,16 +88,30 @@ def entries_in(folder: Path, package: str) -> Iterator[RewardEntry]:
     """
     for path in sorted(folder.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "entry = RewardEntry(" not in text:
+        if "RewardEntry(" not in text:
             continue
         module = ".".join((package, *path.relative_to(folder).with_suffix("").parts))
         for kind in (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)):
-            assigned = [line for line in kind.body if isinstance(line, ast.Assign)]
-            said = {line.targets[0].id: line.value for line in assigned if isinstance(line.targets[0], ast.Name)}
+            said = _assigned(kind)
             if isinstance(call := said.get("entry"), ast.Call):
+                if "name" not in said:
+                    raise ValueError(f"{path}: {kind.name} has an entry and no name; write name = '...' next to it")
                 about = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
                 name = ast.literal_eval(said["name"])
                 yield RewardEntry(name=name, where=f"{module}:{kind.name}", **about)
+
+
+def _assigned(kind: ast.ClassDef) -> dict[str, ast.expr]:
+    """What the body of a class assigns to a name, with a type or without."""
+    found = {}
+    for line in kind.body:
+        targets = (
+            line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
+        )
+        for target in targets:
+            if isinstance(target, ast.Name) and line.value is not None:  # type: ignore[union-attr]
+                found[target.id] = line.value  # type: ignore[union-attr]
+    return found
 
 
 ENTRIES = tuple(sorted(entries_in(HERE, "alignprop_pipe.rewards"), key=lambda entry: (entry.combines, entry.name)))
