@@ -81,7 +81,7 @@ def cell(text: str) -> str:
 
 
 def link(label: str, address: str) -> str:
-    """A link to `address`, which is https or a file beside the page: of another scheme only its text is left."""
+    """A link to `address`, which is https or a file next to the page: of another scheme only its text is left."""
     scheme, rest = ("https://", address[8:]) if address.startswith("https://") else ("", address)
     return f"[{in_markdown(label)}]({scheme}{quote(rest, safe='/#-._~+' + ':' * bool(scheme))})"
 

@@ -1,4 +1,4 @@
-"""Files that appear whole: written beside under a hidden name and renamed, so that no reader meets a half of one."""
+"""Files that appear whole: written next to under a hidden name and renamed, so that no reader meets a half of one."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def decoded(data: bytes) -> str:
 def write_whole(path: str | Path, content: bytes | str) -> None:
     """Put `content` (text as UTF-8) at `path`; what stood there stays until the new file is complete.
 
-    A process killed half-way leaves at most a hidden `.….tmp` beside it. Raises RunError.
+    A process killed half-way leaves at most a hidden `.….tmp` next to it. Raises RunError.
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     with appearing_whole(path) as beside, beside.open("xb") as file:
@@ -52,7 +52,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(path: str | Path) -> Iterator[Path]:
-    """A hidden path beside `path` to write to; at the end of the block that file takes the place of `path`.
+    """A hidden path next to `path` to write to; at the end of the block that file takes the place of `path`.
 
     After an error it is gone, and what stood at `path` still stands there. Raises RunError.
     """

@@ -43,7 +43,7 @@ def token_for(given: str | None, *, needed: bool) -> str | None:
 def one_revision(named: str | None, given: str | None) -> str | None:
     """The one that is meant. Raises HubError for two."""
     if named and given and named != given:
-        raise HubError(f"two revisions were given, {named!r} in the name and {given!r} beside it; keep one")
+        raise HubError(f"two revisions were given, {named!r} in the name and {given!r} next to it; keep one")
     return named or given
 
 

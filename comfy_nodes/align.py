@@ -129,7 +129,7 @@ class Run:
         self.progress.say(self.text(record))
 
     def text(self, record: Any) -> str:
-        """For the node: `step 3/50  reward 0.52  held-out 0.48  1 min 20 s left`, and what its newest look warns of."""
+        """For the node: `step 3/50  reward 0.52  held-out 0.48  1 min 20 s left`, and what the evidence warns of."""
         from alignprop_pipe.escaping import one_line
 
         held_out = next((p["held_out"] for p in reversed(self.points) if p["held_out"] is not None), None)
@@ -200,7 +200,7 @@ def outputs(result: Any, run: Run) -> io.NodeOutput:
 
 
 def images_of(look: Any) -> Any:
-    """The pictures of a look at the held-out prompts as IMAGE; one black picture where there was no look."""
+    """The pictures of an evaluation as IMAGE; one black picture where there was none."""
     import torch
 
     return torch.zeros(1, 64, 64, 3) if look is None or look.images is None else host.image_of(look.images)

@@ -119,7 +119,8 @@ def image_of(pictures: torch.Tensor) -> torch.Tensor:
 class Progress:
     """Bar, text and preview of a node while it works; counts calls of the denoiser.
 
-    The stop button becomes a KeyboardInterrupt, which the loop takes as one: its flag is taken down, so that the look
+    The stop button becomes a KeyboardInterrupt, which the loop takes as one: its flag is taken down, so that the
+    evaluation
     at what was learned can follow and a second press ends that too. `pass_on_stop` hands it to ComfyUI at the end.
     """
 

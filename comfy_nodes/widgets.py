@@ -79,7 +79,7 @@ def _kind_of(name: str) -> tuple[Kind, tuple[str, ...]]:
     if get_origin(kind) is Literal:
         return "COMBO", tuple(map(str, get_args(kind)))
     members = [one for one in get_args(kind) if one is not type(None)] or [kind]
-    if str in members:  # beside a truth, which is said as yes or no
+    if str in members:  # next to a truth, which is said as yes or no
         return "STRING", ()
     known: dict[Any, Kind] = {bool: "BOOLEAN", int: "INT", float: "FLOAT"}
     return known.get(members[0], "STRING") if get_origin(kind) is not tuple else "STRING", ()

@@ -49,7 +49,7 @@ class Calm(Reward):
         return -self.strength * images.diff(dim=3).abs().mean((1, 2, 3))
 
     def extras(self, images: Tensor, prompts: list[str], targets: Mapping) -> dict[str, Tensor]:
-        """Logged beside the score, never trained on: what has no slope may stand here."""
+        """Logged next to the score, never trained on: what has no slope may stand here."""
         return {"calm_share": (images.diff(dim=3).abs() < 0.01).float().mean((1, 2, 3))}
 
 

@@ -474,7 +474,7 @@ def test_one_layer_under_two_names(one: str, other: str) -> None:
 
 
 def test_other_names_of_denoisers_and_classes(tmp_path: Path) -> None:
-    """A pipeline of somebody's own, with a prior beside the UNet: what the header says of it is enough."""
+    """A pipeline of somebody's own, with a prior next to the UNet: what the header says of it is enough."""
     pair = next(iter(made("sd15").layers["unet"].values()))
     base = Base("", "MyOwnPipeline", {"unet": "v1", "prior_prior": "PriorTransformer"})
     adapter = Adapter({"unet": {"mid_block.x": pair}, "prior_prior": {"transformer_blocks.0.attn1.to_q": pair}}, base)

@@ -396,7 +396,7 @@ class PressesAtCall2(Counted):
         self.times = times
 
     def at(self, call: int, scores: Tensor) -> Tensor:
-        for _ in range(self.times if call == 3 else 0):  # call 1 is the first look
+        for _ in range(self.times if call == 3 else 0):  # call 1 is the first evaluation
             press_ctrl_c()
         return scores
 
@@ -463,7 +463,9 @@ def test_no_held_out_prompts_give_no_evidence() -> None:
 
 
 def falling(**changed: Any) -> tuple[Any, Any, list[list[Tensor]]]:
-    """A run whose reward falls at every look, since the loss pulls it towards 0, while its contrary, a judge, rises."""
+    """A run whose reward falls at every evaluation, since the loss pulls it towards 0, while its contrary, a judge,
+    rises.
+    """
     pipe, seen = aligned(), []
     chosen = {"loss": "target:0", "steps": 4, "eval_prompts": 2, "eval_every": 1, **changed}
     result = align(pipe, on_step=lambda _: seen.append(adapter(pipe)), **chosen)
@@ -500,7 +502,7 @@ def test_the_best_adapter_is_kept_by_the_loss_or_by_a_judge(changed: Any, kept: 
     evidence = PromptSet.load(PROMPTS).split(2, 0).evidence
     again = evaluate(pipe, Brightness(), [], evidence, result.config, 1)
     assert again.per_prompt["reward"] == result.after.per_prompt["reward"]  # its pictures are the kept adapter's
-    assert f"the best of 4 looks by {followed}" in result.choice
+    assert f"the best of 4 evaluations by {followed}" in result.choice
     assert result.choice in repr(result)
 
 
@@ -530,8 +532,8 @@ def test_patience_ends_a_run_that_gets_no_better_by_what_is_followed() -> None:
     _, result, _ = falling(steps=9, patience=2, judges=(BRIGHTER,))
     assert result.steps == 3
     assert not result.interrupted
-    assert result.stopped == "no better look by the judge 2*brightness for 2 looks: ended after 3 steps"
-    _, result, _ = falling(steps=4, patience=2)  # the loss falls at every look
+    assert result.stopped == "no better evaluation by the judge 2*brightness for 2 evaluations: ended after 3 steps"
+    _, result, _ = falling(steps=4, patience=2)  # the loss falls at every evaluation
     assert (result.steps, result.stopped) == (4, "")
 
 
@@ -542,9 +544,9 @@ def test_patience_ends_a_run_that_gets_no_better_by_what_is_followed() -> None:
         ({"keep_best": "judge"}, r"keep_best = 'judge': a judge to follow is needed"),
         (
             {"patience": 2, "eval_every": 0},
-            r"patience = 2: with eval_every = 0 no look.*eval_every|1 or more is needed",
+            r"patience = 2: with eval_every = 0 no evaluation.*eval_every|1 or more is needed",
         ),
-        ({"patience": 2, "eval_prompts": 0}, r"patience = 2: with eval_prompts = 0 no look"),
+        ({"patience": 2, "eval_prompts": 0}, r"patience = 2: with eval_prompts = 0 no evaluation"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_at_the_start(changed: Any, words: str) -> None:
@@ -600,7 +602,7 @@ MIXED = "zscore(brightness) + 0.5*min(scaled(colour), zscore(tv))"
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures each look at the pipeline drew, in the order of the looks."""
+    """How many pictures each look at the pipeline drew, in the order of the evaluations."""
     sizes: list[int] = []
 
     def counting(pipe: Any, prompts: PromptSet, config: Any, **extra: Any) -> Any:
@@ -614,7 +616,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_statistics_come_from_the_pictures_of_the_first_look(drawn: list[int]) -> None:
     many = [f"{prompt} {place}" for prompt in PROMPTS for place in ("here", "there")]
     result = align(aligned(), MIXED, many, eval_prompts=5, eval_every=0, eval_batch_size=2)
-    assert drawn == [5, 5]  # before, which is the first look too, and after
+    assert drawn == [5, 5]  # before, which is the first evaluation too, and after
     assert result.before is not None
     normal = torch.tensor(result.before.per_prompt["zscore_brightness"])
     assert normal.mean().item() == pytest.approx(0, abs=1e-3)
@@ -629,7 +631,7 @@ def test_statistics_come_from_the_pictures_of_the_first_look(drawn: list[int]) -
 def test_the_calibrated_text_repeats_the_run_and_measures_nothing(drawn: list[int], tmp_path: Path) -> None:
     first = align(aligned(), MIXED, eval_prompts=0, out=tmp_path / "run")
     about = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert drawn == [16]  # no first look to measure on
+    assert drawn == [16]  # no first evaluation to measure on
     assert about["reward"] == MIXED
     assert about["calibrated_reward"] == first.reward != MIXED
     config = AlignConfig.from_dict(about["config"])

@@ -254,8 +254,8 @@ def test_evidence_that_is_not_held_out_is_called_what_it_is() -> None:
 
 
 def test_how_the_adapter_was_chosen_is_said() -> None:
-    content = text(choice="the adapter of step 40, the best of 6 looks by the judge a_b")
-    assert "Kept: the adapter of step 40, the best of 6 looks by the judge a\\_b." in content
+    content = text(choice="the adapter of step 40, the best of 6 evaluations by the judge a_b")
+    assert "Kept: the adapter of step 40, the best of 6 evaluations by the judge a\\_b." in content
 
 
 def test_a_run_that_was_stopped_is_said() -> None:

@@ -384,12 +384,12 @@ def test_the_judge_that_is_followed_is_named_and_one_that_is_not_there_refused(m
     chosen = ["--prompts", "prompts.txt", "--eval-every", "1", "--steps", "3"]
     result = run("train", model, *SMALL, *chosen, "--judges", "sharpness", "--keep-best", "judge", "--json")
     assert result.exit_code == 0, result.output
-    assert "of 3 looks by the judge sharpness" in result.stderr
+    assert "of 3 evaluations by the judge sharpness" in result.stderr
     assert json_lines(result.stdout)[-1]["chosen_from"] == 3
     for wrong, words in (
         (["--keep-best", "nope", "--judges", "tv"], "no judge has this name; the judges are 'tv'"),
         (["--keep-best", "judge"], "a judge to follow is needed in judges"),
-        (["--patience", "2", "--eval-every", "0"], "with eval_every = 0 no look is taken"),
+        (["--patience", "2", "--eval-every", "0"], "with eval_every = 0 no evaluation is taken"),
     ):
         refused = run("train", model, *SMALL, *chosen, *wrong)
         assert refused.exit_code == 2, refused.output

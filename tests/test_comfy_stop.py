@@ -112,7 +112,9 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Comfy]:
 
 
 class Presses(Reward):
-    """Brightness; the button is pressed at these calls. Call 0 is the dry call, call 1 the look before training."""
+    """Brightness; the button is pressed at these calls. Call 0 is the dry call, call 1 the evaluation before
+    training.
+    """
 
     name = "presses"
 
@@ -144,7 +146,7 @@ def test_a_stop_takes_the_evidence_after_and_reports_it(
 
 
 def test_a_second_stop_ends_the_evidence_too(comfy: Comfy) -> None:
-    reward = Presses({4, 5}, comfy.memory.interrupt_current_processing)  # call 5 is in the look that follows
+    reward = Presses({4, 5}, comfy.memory.interrupt_current_processing)  # call 5 is in the evaluation that follows
     with pytest.raises(InterruptProcessingException):
         comfy.train(reward, eval_batch_size=1)
     assert reward.calls == 5

@@ -190,7 +190,7 @@ def test_requirements_are_those_of_the_package_without_torch_and_with_lower_boun
 def test_what_the_registry_of_comfyui_reads_is_there() -> None:
     about = project()
     assert set(about["tool"]["comfy"]) >= {"PublisherId", "DisplayName", "requires-comfyui"}
-    assert "web" not in about["tool"]["comfy"], "beside WEB_DIRECTORY, it serves every script twice"
+    assert "web" not in about["tool"]["comfy"], "next to WEB_DIRECTORY, it serves every script twice"
     assert "comfyui" not in about["project"]["name"]
 
 
@@ -253,7 +253,7 @@ def test_the_wheel_holds_the_package_and_the_nodes_whole(unpacked: Path) -> None
 
 
 def loaded(shim: Path, code: str, *path: Path) -> "subprocess.CompletedProcess[str]":
-    """The shim, loaded by its path in a Python that has only `path` beside the standard library; then `code`."""
+    """The shim, loaded by its path in a Python that has only `path` next to the standard library; then `code`."""
     script = (
         "import asyncio, importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('shim', {str(shim)!r})\n"

@@ -1,4 +1,4 @@
-"""What stands beside the code agrees with it: version, changelog, citation, licence, pinned tools."""
+"""What stands next to the code agrees with it: version, changelog, citation, licence, pinned tools."""
 
 import re
 from pathlib import Path

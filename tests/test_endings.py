@@ -25,7 +25,7 @@ LOOKED: dict[str, Any] = {"eval_prompts": 2, "eval_every": 0}
 
 
 class Counted(Reward):
-    """Brightness, with something done at each call; call 0 is the dry call, call 1 the look before training."""
+    """Brightness, with something done at each call; call 0 is the dry call, call 1 the evaluation before training."""
 
     name = "counted"
 
@@ -145,7 +145,7 @@ def test_a_stop_within_a_step_takes_the_evidence_after(how: Any) -> None:
 
 
 def test_a_stop_within_a_look_keeps_its_step() -> None:
-    """The look after step 2 is broken off, and taken again since it is the last one."""
+    """The evaluation after step 2 is broken off, and taken again since it is the last one."""
     result = align(aligned(), Counted({4: break_off}), steps=9, **{**LOOKED, "eval_every": 2})
     assert [record.step for record in result.history] == [0, 1, 2]
     assert result.after is not None
@@ -155,7 +155,7 @@ def test_a_stop_within_a_look_keeps_its_step() -> None:
 def test_a_second_stop_during_the_last_look_ends_at_once_with_what_is_there(tmp_path: Path) -> None:
     for keep_best in (True, False):
         out, pipe, seen = tmp_path / str(keep_best), aligned(), []
-        reward = Counted({5: press_twice})  # the look after step 3
+        reward = Counted({5: press_twice})  # the evaluation after step 3
         result = align(
             pipe,
             reward,
@@ -201,8 +201,8 @@ def test_stops_while_the_end_is_saved_leave_the_adapter_on_the_pipeline(
 
 
 def test_a_look_at_another_adapter_is_not_called_after() -> None:
-    """The newest look is that of step 2; the adapter that stays, without `keep_best`, is that of step 3."""
-    reward = Counted({6: press_twice})  # the look of step 3; calls: 0 dry, 1 look, 2, 3 steps, 4 look, 5 step
+    """The newest evaluation is that of step 2; the adapter that stays, without `keep_best`, is that of step 3."""
+    reward = Counted({6: press_twice})  # the evaluation of step 3; calls: 0 dry, 1 look, 2, 3 steps, 4 look, 5 step
     chosen = {"steps": 9, "keep_best": False, "eval_prompts": 2, "eval_every": 2}
     result = align_until_ctrl_c(
         aligned(), reward, on_step=at_step(3, lambda: signal.raise_signal(signal.SIGINT)), **chosen
@@ -258,7 +258,7 @@ def test_absurd_weights_are_undone_and_fail_the_run(lr: float, eval_prompts: int
 def test_evidence_that_is_not_finite_fails_the_run_with_the_last_good_adapter(
     kind: str, keep_best: bool, tmp_path: Path
 ) -> None:
-    """Steps 1 and 2 are looked at and good; what comes of the look after step 3 is no number."""
+    """Steps 1 and 2 are looked at and good; what comes of the evaluation after step 3 is no number."""
     pipe, seen = aligned(), {}
 
     def turning(images: Tensor, prompts: list[str]) -> Tensor:
@@ -309,7 +309,7 @@ def test_an_overflow_in_the_decoder_is_noticed_though_its_pictures_are_clamped(v
     assert told.value.result.kept_step == 0
 
 
-@pytest.mark.parametrize("looks", [{}, LOOKED], ids=["no looks", "looks"])
+@pytest.mark.parametrize("looks", [{}, LOOKED], ids=["no evaluations", "looks"])
 def test_a_run_that_skipped_every_step_has_failed(looks: dict[str, Any]) -> None:
     bad = dict.fromkeys((2, 3) if looks else (1, 2), nan)
     with pytest.raises(TrainingDiverged, match="none of the 2 steps had a finite loss and gradient"):

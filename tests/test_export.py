@@ -101,7 +101,7 @@ def assert_same_deltas(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """An adapter for the SD 1.5 miniature; its ComfyUI form lies beside."""
+    """An adapter for the SD 1.5 miniature; its ComfyUI form lies next to."""
     save_adapter(trained(fresh()), tmp_path / "adapter.safetensors")
     return tmp_path / "adapter.safetensors"
 

@@ -150,7 +150,7 @@ def test_networks_of_diffusers_and_transformers(what: str, tmp_path: Path) -> No
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_adapters_of_peft(config: Any, what: str, tmp_path: Path) -> None:
-    """As PEFT writes them, with its settings beside and without."""
+    """As PEFT writes them, with its settings next to and without."""
     model: Any = get_peft_model(nn.ModuleDict({"a": nn.Linear(4, 4)}), config)
     model.save_pretrained(str(tmp_path / "peft"))
     assert what in said(tmp_path / "peft")

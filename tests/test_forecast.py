@@ -70,7 +70,7 @@ def test_the_process_fills_more_than_the_pipeline() -> None:
     [(60, 10, 16, 7), (60, 0, 16, 2), (61, 10, 16, 8), (60, 10, 0, 0), (1, 1, 4, 2)],
 )
 def test_the_time_has_every_look_in_it(steps: int, every: int, prompts: int, count: int) -> None:
-    """A picture of a look has the 0.25 s that a batch of two needs besides, and ten steps."""
+    """A picture of an evaluation has the 0.25 s that a batch of two needs besides, and ten steps."""
     config = settings(num_inference_steps=10, steps=steps, eval_every=every, eval_prompts=prompts, batch_size=2)
     got = scaled(miniatures.sd15(), config, SHORT, LONG, 1000, 0)
     assert looks(config) == count

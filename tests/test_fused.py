@@ -183,7 +183,7 @@ def load(pipe: Any, total: Sum, _folder: Path) -> None:
 
 
 def save(pipe: Any, total: Sum, folder: Path) -> None:
-    """The folder holds the weights as they are, and ours beside them unless it is in them."""
+    """The folder holds the weights as they are, and ours next to them unless it is in them."""
     pipe.save_pretrained(folder)
     opened: Any = DiffusionPipeline.from_pretrained(folder)
     bare = copy.deepcopy(total)

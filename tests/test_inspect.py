@@ -136,7 +136,7 @@ def test_which_programs_load_it(
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_stock_pipelines_agree_about_what_diffusers_loads(family: str, tmp_path: Path) -> None:
-    """And the pair that they refuse: alphas beside A and B, in a UNet's file."""
+    """And the pair that they refuse: alphas next to A and B, in a UNet's file."""
     from miniatures import FAMILIES
 
     adapter = made(family)

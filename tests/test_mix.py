@@ -164,7 +164,7 @@ def test_16_bits_are_not_enough_to_be_exact(dtypes: list[torch.dtype], wanted: t
 
 
 def test_components_that_only_one_has(tmp_path: Path) -> None:
-    """Text encoders beside the UNet, as kohya's files for SDXL have them."""
+    """Text encoders next to the UNet, as kohya's files for SDXL have them."""
     pipe = sdxl()
     one = random_adapter(pipe, seed=1)
     path = next(name for name, _ in pipe.text_encoder.named_modules() if name.endswith("q_proj"))

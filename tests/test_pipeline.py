@@ -558,7 +558,8 @@ def test_a_watermark_is_off_while_training() -> None:
     assert adapter(pipe)[1].any()
 
 
-# --- adapters beside ours ---------------------------------------------------------------------------------------------
+# --- adapters next to ours
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_replaces_the_adapter_of_the_first() -> None:

@@ -50,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], **changed: Any) -> str:
 def test_a_run_in_python_shows_where_it_is(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     said = run(capsys, judges=("auto",))
-    assert "first look 0/2" in said
+    assert "baseline 0/2" in said
     last = said.replace("\r", "\n").strip().splitlines()[-1]
     assert re.search(r"step 2/2 .*ETA 00:00  reward 0\.\d+  fresh noise 0\.\d+  likeness 0\.\d+  \d+ MB", last), last
     assert "the judge likeness watches, since none was named; judges=() goes without" in said

@@ -183,7 +183,7 @@ def test_smoothing_stays_within_the_values(values, window):
 
 
 def judged(*right: float, judge: str = "judge") -> Evidence:
-    """A look at as many prompts, each with what the judge says of its picture."""
+    """An evaluation at as many prompts, each with what the judge says of its picture."""
     prompts = tuple(f"prompt {number}" for number in range(len(right)))
     scores = {"reward": tuple(0.1 * number for number in range(len(right))), judge: right}
     return dataclasses.replace(

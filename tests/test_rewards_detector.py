@@ -87,7 +87,7 @@ def test_yolos_sizes_equal_transformers(height, width, edges):
 
 
 def test_the_older_layout_of_yolos_is_read():
-    """hustvl/yolos-tiny: a plain number beside max_size, and no resample."""
+    """hustvl/yolos-tiny: a plain number next to max_size, and no resample."""
     config = {"size": 512, "max_size": 864, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True}
     recipe = EdgePixels.from_config(config)
     assert (recipe.shortest, recipe.longest, recipe.recipe.resample) == (512, 864, "bilinear")

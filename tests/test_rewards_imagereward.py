@@ -4,7 +4,7 @@
 folder, the authors' code runs again and the numbers are compared with the committed ones. The folder needs
 `ImageReward` (a checkout of THUDM/ImageReward) and `ImageReward-venv`, a virtual environment with torch, pillow,
 transformers==4.40.2, tokenizers==0.19.1, timm==0.6.13, fairscale and torchvision.
-`ALIGNPROP_WRITE=1` beside it writes the file anew.
+`ALIGNPROP_WRITE=1` next to it writes the file anew.
 """
 
 import json
@@ -341,7 +341,7 @@ def test_the_weights_alone_as_a_file(folder, tmp_path):
     expected = score(folder)
     assert torch.equal(score(weights / "model.safetensors", tokenizer=tmp_path), expected)
     with pytest.raises(
-        RewardError, match=r"hf download google-bert/bert-base-uncased .*--local-dir FOLDER.*beside the weights"
+        RewardError, match=r"hf download google-bert/bert-base-uncased .*--local-dir FOLDER.*next to the weights"
     ):
         score(weights / "model.safetensors")
 

@@ -183,7 +183,7 @@ def test_families_of_the_sweep(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES_HERE)
 @pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya"])
 def test_the_verdict_of_what_we_export(family: str, form: Any, tmp_path: Path) -> None:
-    """Of several ranks, and text encoders beside where kohya's and ComfyUI's names have them."""
+    """Of several ranks, and text encoders next to where kohya's and ComfyUI's names have them."""
     adapter = made(family, ranks=(2, 4), text=family in ("sd15", "sdxl"))
     try:
         (file,) = adapter.save(tmp_path / "a.safetensors", format=form)
@@ -221,7 +221,7 @@ def test_settings_in_a_header_count_as_the_loader_takes_them(header: str, tmp_pa
 
 
 def test_alpha_that_this_package_alone_reads(tmp_path: Path) -> None:
-    """PEFT's settings beside the file, or in plain texts of the header."""
+    """PEFT's settings next to the file, or in plain texts of the header."""
     plain = {key: tensor.clone() for key, tensor in made("sd15", alpha=float).items()}
     save_file(plain, tmp_path / "a.safetensors", {"lora_alpha": "6"})
     assert "another strength" in inspect_adapter(tmp_path / "a.safetensors").programs[0].reason

@@ -149,7 +149,7 @@ def test_alpha_in_a_header_is_applied_or_the_doubt_is_told(
 def test_names_of_peft_without_its_settings(prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file(bare(prefix), tmp_path / "adapter_model.safetensors")
     found = inspect_adapter(tmp_path / "adapter_model.safetensors")
-    assert "PEFT keeps alpha in adapter_config.json, which is not beside it" in " ".join(found.problems)
+    assert "PEFT keeps alpha in adapter_config.json, which is not next to it" in " ".join(found.problems)
     with caplog.at_level(logging.WARNING):
         merge.merge(FAMILIES["sd15"].make(), tmp_path / "adapter_model.safetensors", tmp_path / "merged")
     assert "strength is in doubt" in caplog.text
@@ -180,7 +180,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"bias": "all"}, "with biases"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),
     "OLoRA": ({"init_lora_weights": "olora"}, "changes the model's own weights"),
-    "whole layers": ({"modules_to_save": ["conv_in"]}, "whole weights beside"),
+    "whole layers": ({"modules_to_save": ["conv_in"]}, "whole weights next to"),
     "activated": ({"alora_invocation_tokens": [1]}, "aLoRA"),
     "a text": ({"lora_alpha": "much"}, "'much', where a number is needed"),
     "infinite": ({"lora_alpha": float("inf")}, "where a number is needed"),
@@ -210,7 +210,7 @@ def test_other_kinds_and_lies_are_refused_in_words(name: str, tmp_path: Path) ->
 def test_settings_that_are_damaged(text: str, tmp_path: Path) -> None:
     save_file(bare("base_model.model."), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(AdapterError, match=r"its strength in adapter_config\.json beside it, which cannot be read"):
+    with pytest.raises(AdapterError, match=r"its strength in adapter_config\.json next to it, which cannot be read"):
         Adapter.load(tmp_path)
 
 

@@ -254,7 +254,7 @@ def test_scores_that_are_no_numbers_are_a_run_that_diverged() -> None:
     [
         ("", False),
         ("completed", False),
-        ("no better held-out score for 3 looks: ended after 9 steps", False),
+        ("no better held-out score for 3 evaluations: ended after 9 steps", False),
         ("interrupted after 12 of 60 steps", True),
         ("failed: out of memory", True),
     ],

@@ -1,4 +1,4 @@
-"""A run that games its reward says so wherever one looks: at the look where that begins, and at the end."""
+"""A run that games its reward says so wherever one looks: at the evaluation where that begins, and at the end."""
 
 import json
 import logging

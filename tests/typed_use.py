@@ -9,7 +9,7 @@ from alignprop_pipe import AlignPropPipeline, AlignResult
 
 
 def use(pipe: AlignPropPipeline, picture: Path) -> AlignResult:
-    """The stock class's methods beside ours."""
+    """The stock class's methods next to ours."""
     pipe.to("cuda").enable_model_cpu_offload()
     pipe.load_lora_weights("me/style", adapter_name="style")
     pipe.set_adapters(["style"], [0.7])

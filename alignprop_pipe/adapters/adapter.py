@@ -65,7 +65,7 @@ class Adapter(Mapping[str, Tensor]):
     def load(cls, path: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> "Adapter":
         """Read a LoRA file of diffusers, PEFT, kohya or ComfyUI, also from the Hub; no pipeline is needed.
 
-        PEFT's settings beside the file (adapter_config.json) count, and what stays in doubt of its strength is told.
+        PEFT's settings next to the file (adapter_config.json) count, and what stays in doubt of its strength is told.
 
         Args:
             path: a safetensors file, a folder of a run, of PEFT or of diffusers, or a name on the Hub, "me/name"; what

@@ -2,7 +2,7 @@
 
 In memory an adapter is `Factors` by component and layer: two matrices and their alpha. Files in diffusers' form
 (`unet.….lora_A.weight`) have alpha folded into B, because readers of that form take alpha = rank, and some refuse
-anything beside A and B. Files in kohya's form (`lora_unet_….lora_down.weight`) carry `.alpha`.
+anything next to A and B. Files in kohya's form (`lora_unet_….lora_down.weight`) carry `.alpha`.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def comfyui_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[
 
 
 def comfyui_text_keys(family: str, name: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Tensors of a text encoder for the file of a denoiser of this family: kohya's names beside kohya's."""
+    """Tensors of a text encoder for the file of a denoiser of this family: kohya's names next to kohya's."""
     if family in UNETS:
         return kohya_text_keys(family, name, layers)
     if not all(path.startswith("text_model.") for path in layers):

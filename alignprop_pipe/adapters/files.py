@@ -116,7 +116,7 @@ def _in_folder(folder: Path) -> Path:
 def read_file(
     source: Path, *, allow_pickle: bool = False, finite: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts of the header, to which PEFT's settings come where they stand beside the file.
+    """The tensors and the texts of the header, to which PEFT's settings come where they stand next to the file.
 
     Args:
         source: a safetensors file.
@@ -141,8 +141,8 @@ def read_file(
         return tensors, {**header, **strength.beside(source)}
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"{source.name} has its strength in {strength.CONFIG_FILE} beside it, which cannot be read ({error}); copy "
-            "or download it again"
+            f"{source.name} has its strength in {strength.CONFIG_FILE} next to it, which cannot be read ({error}); "
+            "copy or download it again"
         ) from error
 
 

@@ -151,7 +151,7 @@ def _readable(file: AdapterFile) -> tuple[Layers, str, tuple[str, ...]]:
 
 
 def _format(in_file: FileLayers) -> str:
-    found = {place_of(name).habit for name in in_file.layers}
+    found = {place_of(name).scheme for name in in_file.layers}
     if "ComfyUI" in found:  # text encoders have diffusers' names there
         found.discard("diffusers")
     return " and ".join(sorted(found))
@@ -220,7 +220,7 @@ def _problems(file: AdapterFile, family: str, layers: Layers, unreadable: str) -
             f"{dropped[0]}; export it with --to comfyui"
         )
     if hidden := hidden_by(family, header):
-        if all(place_of(name).habit == "kohya" for name in in_file.layers):
+        if all(place_of(name).scheme == "kohya" for name in in_file.layers):
             yield hidden
 
 
@@ -250,7 +250,7 @@ def _without_effect(layers: Layers) -> Iterator[str]:
 
 
 def _fused_copies(layers: Layers) -> Iterator[str]:
-    """Trained after `fuse_qkv_projections`, whose layers are beside those whose weights they hold."""
+    """Trained after `fuse_qkv_projections`, whose layers are next to those whose weights they hold."""
     originals = {"to_qkv": "to_q", "to_kv": "to_k", "to_added_qkv": "add_q_proj", "to_added_kv": "add_k_proj"}
     for name, part in layers.items():
         parts = [path.rpartition(".") for path in part]
@@ -267,7 +267,7 @@ def _scales(layers: Layers) -> bool:
 
 
 def _alphas(in_file: FileLayers, header: Mapping[str, str], layers: Layers) -> Iterator[str]:
-    flat = {name: parts for name, parts in in_file.layers.items() if place_of(name).habit == "kohya"}
+    flat = {name: parts for name, parts in in_file.layers.items() if place_of(name).scheme == "kohya"}
     without = [name for name, parts in flat.items() if "alpha" not in parts]
     if without:
         yield f"{len(without)} layers have no alpha, the first {without[0]}: programs take them at full strength"

@@ -1,4 +1,4 @@
-"""What the keys of a LoRA file say: which layer of which network, which of its matrices, and whose habit it is.
+"""What the keys of a LoRA file say: the layer of a network, the matrix in it, and the naming scheme.
 
 No weights are needed, so a file can be judged by its header alone. Names of keys: kohya's (`lora_unet_a_b.lora_down`),
 diffusers' (`unet.a.b.lora_A`, and those of 2023 with `processor` and `_lora.down`), PEFT's (`base_model.model.a.b` or
@@ -45,7 +45,7 @@ class Place:
 
     component: str
     path: str
-    habit: str
+    scheme: str
 
 
 _PREFIXES = (
@@ -144,18 +144,18 @@ def duplicates(layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def place_of(layer: str) -> Place:
-    """The network and the path in it, which is flat (`a_b_c`) in kohya's habit."""
-    for prefix, component, habit in _PREFIXES:
+    """The network and the path in it, which is flat (`a_b_c`) in kohya's naming scheme."""
+    for prefix, component, scheme in _PREFIXES:
         if layer.startswith(prefix):
             path = layer.removeprefix(prefix)
-            if habit == "diffusers" and ".processor." in path:
-                habit = "diffusers (2023)"
-            return Place(component, path, habit)
+            if scheme == "diffusers" and ".processor." in path:
+                scheme = "diffusers (2023)"
+            return Place(component, path, scheme)
     return Place("denoiser", layer, "diffusers (2023)" if ".processor." in layer else "PEFT")
 
 
 def plain_name(layer: str) -> str:
-    """One name for a layer, whichever habit it is written in, as far as no model has to be known for that."""
+    """One name for a layer, whichever naming scheme it is written in, as far as no model has to be known for that."""
     place = place_of(layer)
     flat = place.path.replace(".processor.", ".").replace(".", "_")
     if place.component.startswith("text_encoder"):

@@ -161,7 +161,7 @@ def _cast(part: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _appearing_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` to fill, which takes that name at the end; after an error it is gone."""
+    """A hidden folder next to `target` to fill, which takes that name at the end; after an error it is gone."""
     beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Several adapters -> one, exactly: its weight change in every layer is the weighted sum of theirs.
 
-Ranks are put beside each other: with B = up, A = down, the sum of w_i * B_i @ A_i * alpha_i / rank_i over the parts is
+Ranks are put next to each other: with B = up, A = down, the sum of w_i * B_i @ A_i * alpha_i / rank_i over the parts is
 the product of all w_i * alpha_i / rank_i * B_i side by side and all A_i on top of each other. `rank` compresses that
 product by its singular values, which gives the nearest change of that rank (Eckart and Young, 1936); QR of both factors
 leaves a square of the concatenated rank to decompose, so the full matrix is never there.

@@ -98,7 +98,7 @@ class Model:
         if rest and self.has(head):
             return head, rest.removeprefix("base_model.model."), False
         component = {"denoiser": self.sole, "denoiser_2": "transformer_2"}.get(place.component, place.component)
-        return component, place.path.removeprefix("base_model.model."), place.habit == "kohya"
+        return component, place.path.removeprefix("base_model.model."), place.scheme == "kohya"
 
     def _looked_up(self, component: str, path: str, flat: bool) -> str:
         names = self.names(component)

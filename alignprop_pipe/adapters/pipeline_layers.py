@@ -57,7 +57,7 @@ def named_for(pipe: DiffusionPipeline, adapter: Layers) -> Layers:
 
 
 def shape_mismatch(part: nn.Module, path: str, factors: Factors) -> str:
-    """Why the factors cannot stand beside the layer at `path`, or an empty text."""
+    """Why the factors cannot stand next to the layer at `path`, or an empty text."""
     try:
         layer = part.get_submodule(path)
     except AttributeError:

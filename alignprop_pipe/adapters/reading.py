@@ -1,7 +1,7 @@
 """The way in for adapter files: a file, a folder or a name on the Hub -> what is in it.
 
 Loading, `inspect`, `export`, `mix`, `merge` and the model card all read through `open_adapter`, so that one file means
-the same everywhere: its tensors, the texts of its header, the settings beside it, its base model and its strength.
+the same everywhere: its tensors, the texts of its header, the settings next to it, its base model and its strength.
 """
 
 import inspect
@@ -55,7 +55,7 @@ class AdapterFile:
     Args:
         path: where it lies.
         tensors: by their names in the file.
-        header: the texts of its header; PEFT's settings beside the file are among them, see `strength`.
+        header: the texts of its header; PEFT's settings next to the file are among them, see `strength`.
         in_file: the tensors by layer, under the names that the layers have in the file.
         base: the model that it was made for, as far as header, names and shapes say.
         doubts: why its strength may be another than the one that it gets here, in sentences; empty as a rule.

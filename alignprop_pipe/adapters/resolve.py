@@ -38,7 +38,7 @@ def fetch(repo_id: str, revision: str | None = None, token: str | None = None) -
         except EntryNotFoundError:
             names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
         name = _only_file(names, repo_id)
-        if CONFIG_FILE in names:  # which says how strong a file of PEFT's is, and is read beside it
+        if CONFIG_FILE in names:  # which says how strong a file of PEFT's is, and is read next to it
             hf_hub_download(repo_id, CONFIG_FILE, revision=revision, token=token)
         return Path(hf_hub_download(repo_id, name, revision=revision, token=token))
 

@@ -1,6 +1,7 @@
 """How strong an adapter file's layers are where the layers themselves do not say: alpha by PEFT's settings.
 
-Those stand in `adapter_config.json` beside PEFT's own files, in diffusers' JSON in the header, or as plain texts of the
+Those stand in `adapter_config.json` next to PEFT's own files, in diffusers' JSON in the header, or as plain texts of
+the
 header (`lora_alpha`, with or without a component's name in front). Where nobody can know the strength, the doubt is put
 into words.
 """
@@ -21,7 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 MOST_CONFIG = 4_000_000
 """Bytes; a large transformer with an entry for every layer takes a few hundred thousand."""
 BESIDE = "adapter_config"
-"""The name in a header under which the reader puts the settings that stand beside the file."""
+"""The name in a header under which the reader puts the settings that stand next to the file."""
 BASE_CLASS = f"{BESIDE}.base_model_class"
 BASE_MODEL = f"{BESIDE}.base_model"
 IN_HEADER = "lora_adapter_metadata"
@@ -36,8 +37,8 @@ RANKS = ("ss_network_dim", "network_dim", "lora_rank", "lora_r", "lora_dim", "ra
 _OTHER_FORWARD = {
     "use_dora": "a DoRA", "lora_bias": "a LoRA with biases", "use_qalora": "a QALoRA",
     "alora_invocation_tokens": "an activated LoRA (aLoRA)", "layer_replication": "a LoRA with replicated layers",
-    "modules_to_save": "whole weights beside the LoRA", "target_parameters": "a LoRA of bare parameters",
-    "trainable_token_indices": "trained tokens beside the LoRA", "use_bdlora": "a block-diagonal LoRA (BD-LoRA)",
+    "modules_to_save": "whole weights next to the LoRA", "target_parameters": "a LoRA of bare parameters",
+    "trainable_token_indices": "trained tokens next to the LoRA", "use_bdlora": "a block-diagonal LoRA (BD-LoRA)",
     "arrow_config": "an Arrow router of several LoRAs", "kasa_config": "a KaSA",
     "monteclora_config": "a Monte Carlo LoRA", "velora_config": "a VeLoRA",
 }  # fmt: skip
@@ -79,7 +80,7 @@ class Settings:
 
 
 def beside(file: Path) -> dict[str, str]:
-    """The settings that stand beside a file of PEFT, as a text of a header; diffusers' own file has them in itself.
+    """The settings that stand next to a file of PEFT, as a text of a header; diffusers' own file has them in itself.
 
     Raises ValueError: they cannot be read.
     """
@@ -89,7 +90,7 @@ def beside(file: Path) -> dict[str, str]:
     if not is_its_own or not config.is_file():
         return {}
     if config.stat().st_size > MOST_CONFIG:
-        raise ValueError(f"{CONFIG_FILE} beside it has {config.stat().st_size} bytes")
+        raise ValueError(f"{CONFIG_FILE} next to it has {config.stat().st_size} bytes")
     text = config.read_text(encoding="utf-8")
     found = _mapping(text, CONFIG_FILE)
     mapped = found.get("auto_mapping")
@@ -212,11 +213,11 @@ def _numbers_in(header: Mapping[str, Any], deepest: int = 3) -> Iterator[tuple[s
 
 def _by_peft(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
     """PEFT's own names, and no settings with them."""
-    bare = [name for name in layers if place_of(name).habit == "PEFT"]
+    bare = [name for name in layers if place_of(name).scheme == "PEFT"]
     if bare:
         yield (
             f"its strength is in doubt: it has PEFT's own names ({bare[0]}), and PEFT keeps alpha in {CONFIG_FILE}, "
-            "which is not beside it; it is applied as if alpha were the rank"
+            "which is not next to it; it is applied as if alpha were the rank"
         )
 
 
@@ -224,7 +225,7 @@ def _by_peft(layers: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
 
 
 def _config(header: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """PEFT's settings and where they stand: beside the file, in diffusers' JSON, or in plain texts of the header."""
+    """PEFT's settings and where they stand: next to the file, in diffusers' JSON, or in plain texts of the header."""
     if BESIDE in header:
         return _mapping(header[BESIDE], CONFIG_FILE), CONFIG_FILE
     if IN_HEADER in header:

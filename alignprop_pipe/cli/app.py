@@ -160,7 +160,7 @@ def _forecast(output: console.Output, pipe: Any, plan: Plan) -> None:
         ("denoiser calls a step", f"{cost.denoiser_calls_per_step:g}"),
         ("memory", f"about {cost.memory_mb:,.0f} MB for the pipeline, and the reward's"),
         ("memory of the process", f"about {cost.process_mb:,.0f} MB at its peak, and the reward's"),
-        ("time", f"about {step} a step, {whole} in all with the looks"),
+        ("time", f"about {step} a step, {whole} in all with the evaluations"),
     ]
     output.table("What would run", ("", ""), rows)
     counts = {"steps": config.steps, "looks": looked, "held_out": held_out, "seconds": seconds}

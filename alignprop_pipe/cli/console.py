@@ -41,13 +41,13 @@ USUAL_WIDTH = 80
 BESIDE, ROOM = 3, 12
 """Columns of a terminal between two columns of a table, and those that a column of texts has at least."""
 BETWEEN_LINES = 10.0
-"""Seconds without a line after which one says how far a look is, where nothing is drawn over."""
+"""Seconds without a line after which one says how far an evaluation is, where nothing is drawn over."""
 PATIENCE_AFTER_SIGNAL = 5
 """Seconds for the current step to end after SIGTERM or SIGHUP; then the run is stopped within the step."""
 
 
 class Output:
-    """Where words go. Talk: stdout, or stderr beside `--json`; nothing of it with `--quiet`. Errors: stderr.
+    """Where words go. Talk: stdout, or stderr next to `--json`; nothing of it with `--quiet`. Errors: stderr.
 
     `stderr` sends all talk there, for a command that writes data of its own to stdout.
     """
@@ -194,7 +194,7 @@ def duration(seconds: float) -> str:
 class Progress:
     """The line of a run: a bar that is drawn over on a terminal, else one plain line for each step.
 
-    `on_step` takes every StepRecord of the run; step 0 is the look at the held-out prompts before the training.
+    `on_step` takes every StepRecord of the run; step 0 is the evaluation of the held-out prompts before the training.
     """
 
     def __init__(self, output: Output, config: AlignConfig, split: "Split") -> None:
@@ -234,17 +234,17 @@ class Progress:
             self.output.say(text)
 
     def on_pictures(self, done: int, total: int) -> None:
-        """So many pictures of a look are drawn."""
+        """So many pictures of an evaluation are drawn."""
         if self._bar is None:
             if time.monotonic() - self._said > BETWEEN_LINES and done < total:
                 self._say(f"{done} of {counted(total, 'picture')} drawn")
         elif self._record is None:
-            self._draw("first look", done, total)
+            self._draw("baseline", done, total)
         else:
-            self._draw(f"look {done}/{total}, step", self._record.step, self.steps)
+            self._draw(f"eval {done}/{total}, step", self._record.step, self.steps)
 
     def on_step(self, record: Any) -> None:
-        """Show one StepRecord, and what its look warns of where it did not before."""
+        """Show one StepRecord, and what its evaluation warns of where it did not before."""
         end_of_patience(None)  # the step ended in time
         fresh = self.watch.first_at(record)
         warned = {} if record.evidence is None else {"warnings": plain(self.watch.holding)}

@@ -44,7 +44,7 @@ PROMPTS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixRequest(Common):
-    """What `alignprop mix` is asked for, beside SamplingOptions for --sweep."""
+    """What `alignprop mix` is asked for, next to SamplingOptions for --sweep."""
 
     words: Annotated[
         list[str],

@@ -77,7 +77,7 @@ class Common(Computing):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRequest(Common):
-    """What `alignprop train` is asked for, beside the settings of AlignConfig."""
+    """What `alignprop train` is asked for, next to the settings of AlignConfig."""
 
     model: Annotated[
         str | None,
@@ -132,7 +132,7 @@ class TrainRequest(Common):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest(Common):
-    """What `alignprop sample` is asked for, beside SamplingOptions."""
+    """What `alignprop sample` is asked for, next to SamplingOptions."""
 
     words: Annotated[
         list[str] | None,

@@ -205,7 +205,7 @@ def _shown(value: Any) -> str:
 
 
 def _winning(request: TrainRequest, file: SettingsFile) -> list[str]:
-    """A line for each thing beside the settings that a flag decides against the file."""
+    """A line for each thing next to the settings that a flag decides against the file."""
     said = {"MODEL": (request.model, file.text("model")), "--reward": (request.reward, file.text("reward"))}
     prompts = file.data.get("prompts")
     given = request.prompts or (f"{len(request.prompt)} prompts" if request.prompt else None)

@@ -278,7 +278,7 @@ def _table(
 
 
 def _room(width: int, path: int, name: int, numbers: "Sequence[int]", prompt: int) -> tuple[int, int, int]:
-    """The width of paths, how many columns of numbers stand beside them, the width of prompts, which is 0 for none.
+    """The width of paths, how many columns of numbers stand next to them, the width of prompts, which is 0 for none.
 
     `path`, `name` (of the file alone), `numbers` and `prompt` are the widths that they would like to have.
     """

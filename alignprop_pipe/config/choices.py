@@ -224,7 +224,7 @@ def window_from_text(text: str) -> Window:
     return Window(float(found[1]), float(found[2]))
 
 
-# --- which look at the evidence is the best one ---
+# --- which evaluation is the best one ---
 
 
 def followed_from_text(text: str) -> bool | str:

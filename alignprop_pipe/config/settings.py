@@ -157,7 +157,7 @@ class EvaluationOptions(_Checked):
     """
 
     eval_every: int = option(
-        10, "optimizer steps between looks at the held-out prompts; 0: only before and after", low=0
+        10, "optimizer steps between evaluations of the held-out prompts; 0: only before and after", low=0
     )
     eval_prompts: int = option(
         16, "number of held-out prompts (of few prompts: of pictures); 0 switches the evidence off", low=0
@@ -165,12 +165,12 @@ class EvaluationOptions(_Checked):
     eval_batch_size: int = option(8, "pictures made at once for the evidence", low=1)
     keep_best: bool | str = option(
         True,
-        "keep the adapter of the best look, not the last one: yes, no, judge (the first), a judge's name, or reward "
-        "(by the loss); yes follows the first judge where there is one, else the loss",
+        "keep the adapter of the best evaluation, not the last one: yes, no, judge (the first), a judge's name, or "
+        "reward (by the loss); yes follows the first judge where there is one, else the loss",
         parse=followed_from_text,
     )
     patience: int = option(
-        0, "stop after so many looks in a row that are no better, by what keep_best follows; 0: never", low=0
+        0, "stop after so many evaluations in a row that are no better, by what keep_best follows; 0: never", low=0
     )
     judges: tuple[str, ...] = option(
         (CHOSEN,),
@@ -183,8 +183,9 @@ class EvaluationOptions(_Checked):
         if self.patience and not (self.eval_every and self.eval_prompts):
             without = "eval_every" if not self.eval_every else "eval_prompts"
             raise ConfigError(
-                f"patience = {self.patience}: with {without} = 0 no look is taken on the way that could be better or "
-                "worse, so the run would never stop early; 1 or more is needed there, such as 10, or patience = 0"
+                f"patience = {self.patience}: with {without} = 0 no evaluation is taken on the way that could be "
+                "better or worse, so the run would never stop early; 1 or more is needed there, such as 10, or "
+                "patience = 0"
             )
         if isinstance(self.keep_best, str) and self.keep_best != "reward" and not {*self.judges} - {CHOSEN}:
             raise ConfigError(

@@ -111,17 +111,21 @@ def _steps(config: AlignConfig, given: Collection[str]) -> dict[str, str]:
 
 
 def _looks(config: AlignConfig, given: Collection[str]) -> dict[str, str]:
-    """Of the looks at the held-out prompts."""
+    """Of the evaluations of the held-out prompts."""
     options, found = config.evaluation, {}
     if not options.eval_prompts:
         return {name: "eval_prompts=0 switches the held-out evidence off" for name in OF_LOOKS if name in given}
     looks = config.steps // options.eval_every if options.eval_every else 0
     if "eval_every" in given and options.eval_every > config.steps:
-        found["eval_every"] = f"{options.eval_every} is past the end of {config.steps} steps: there is no look between"
+        found["eval_every"] = (
+            f"{options.eval_every} is past the end of {config.steps} steps: there is no evaluation between"
+        )
     if "patience" in given and options.patience and options.patience >= max(1, looks):
-        found["patience"] = f"{options.patience} looks without gain cannot come before the end: there are {looks}"
+        found["patience"] = f"{options.patience} evaluations without gain cannot come before the end: there are {looks}"
     if "keep_best" in given and options.keep_best and looks < 2 and config.steps < 2 * max(1, options.eval_every):
-        found["keep_best"] = "there is one look after the start, and nothing to choose from; use a smaller eval_every"
+        found["keep_best"] = (
+            "there is one evaluation after the start, and nothing to choose from; use a smaller eval_every"
+        )
     return found
 
 

@@ -54,7 +54,7 @@ def attention_linears(denoiser: nn.Module) -> list[str]:
 
 
 def fused_copies(attention: nn.Module) -> list[str]:
-    """The layers of an attention module that hold the weights of others beside them once more."""
+    """The layers of an attention module that hold the weights of others next to them once more."""
     originals = {"to_qkv": "to_q", "to_kv": "to_k", "to_added_qkv": "add_q_proj", "to_added_kv": "add_k_proj"}
     has = [copy for copy, original in originals.items() if hasattr(attention, copy) and hasattr(attention, original)]
     return [copy for copy in has if getattr(attention, copy) is not None]
@@ -66,7 +66,7 @@ def _is_linear(name: str, layer: nn.Module) -> bool:
 
 
 def attach(denoisers: Mapping[str, nn.Module], options: LoraOptions, seed: int) -> None:
-    """Put a new adapter in float32 on every denoiser, beside adapters that are active already.
+    """Put a new adapter in float32 on every denoiser, next to adapters that are active already.
 
     An adapter of ours is replaced. The start is drawn from `seed` alone. Raises PipelineError.
     """
@@ -246,7 +246,7 @@ def _names_in(network: nn.Module) -> set[str]:
     return configured.union(*(layer._get_available_adapters() for layer in _adapted_layers(network)))
 
 
-# --- what is there beside ours, or in its way ---
+# --- what is there next to ours, or in its way ---
 
 
 def mark(network: nn.Module, source: str) -> None:
@@ -277,8 +277,8 @@ def obstacle(networks: Mapping[str, nn.Module], receiving: Collection[str]) -> s
         if merged and (name in receiving or config is not None):
             return (
                 f"LoRA {' and '.join(map(repr, sorted(merged)))} is fused into the weights of {name}, and PEFT lets no "
-                "other adapter work beside it: call pipe.unfuse_lora() first, or pipe.unload_lora_weights() to keep it "
-                "in the weights for good"
+                "other adapter work next to it: call pipe.unfuse_lora() first, or pipe.unload_lora_weights() to keep "
+                "it in the weights for good"
             )
         if name in receiving and _has_fused_projections(network):
             return (
@@ -289,7 +289,7 @@ def obstacle(networks: Mapping[str, nn.Module], receiving: Collection[str]) -> s
 
 
 def unfused_and_fused(networks: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
-    """The names of the adapters that are beside the weights of a component, and of those that are in its weights."""
+    """The names of the adapters that are next to the weights of a component, and of those that are in its weights."""
     beside, fused = set(), set()
     for network in networks.values():
         merged = {name for layer in _adapted_layers(network) for name in layer.merged_adapters}
@@ -311,7 +311,7 @@ def _has_fused_projections(network: nn.Module) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OtherLora:
-    """A LoRA beside ours that works in a component; `weight` is None where it is no longer known."""
+    """A LoRA next to ours that works in a component; `weight` is None where it is no longer known."""
 
     component: str
     name: str
@@ -324,7 +324,7 @@ class OtherLora:
 
 
 def active_others(pipe: DiffusionPipeline) -> list[OtherLora]:
-    """The LoRAs beside ours that work in the networks of `pipe`: they belong to what a run starts from.
+    """The LoRAs next to ours that work in the networks of `pipe`: they belong to what a run starts from.
 
     Fused ones too; those that are in the weights for good (`unload_lora_weights`) as far as diffusers still names them.
     """

@@ -49,7 +49,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is to be drawn, and how many graded steps keep their activations beside the decoder's; None: no gradient."""
+    """What is to be drawn, and how many graded steps keep their activations; None: no gradient."""
 
     height: int
     width: int

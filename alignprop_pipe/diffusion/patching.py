@@ -69,7 +69,7 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def mixed_precision(pipe: DiffusionPipeline, name: str) -> Iterator[None]:
-    """Inside, the denoisers (and networks called beside them, such as a ControlNet) compute under autocast.
+    """Inside, the denoisers (and networks called next to them, such as a ControlNet) compute under autocast.
 
     The text encoders and the decoder stay as they are, since a decoder may overflow in float16. What the denoisers
     return has the number format that it has without autocast. `name` is a key of `PRECISIONS`.

@@ -123,7 +123,7 @@ def _metadata(facts: Facts) -> ModelCardData:
 
 
 def _eval_results(facts: Facts) -> list[EvalResult]:
-    """One for each held-out score: the value after, with the value before and the standard error beside it."""
+    """One for each held-out score: the value after, with the value before and the standard error next to it."""
     return [
         EvalResult(
             task_type=facts.task,

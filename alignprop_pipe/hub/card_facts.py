@@ -1,4 +1,4 @@
-"""What a model card is made of: `Facts`, and the names of the files beside it."""
+"""What a model card is made of: `Facts`, and the names of the files next to it."""
 
 import inspect
 import math
@@ -25,7 +25,8 @@ class Facts:
     keyed as the run's scores are; `judges` are the names among them that were never trained on; `diversity` carries
     its own standard error; `mixed` are the adapters that it was mixed of, each with its weight; `window` is the share
     of the denoising steps that the adapter is for. `widgets` are (prompt, picture's path in the repository); `choice`
-    says how the adapter was chosen among several looks; `before` and `after` are those that the changes come from.
+    says how the adapter was chosen among several evaluations; `before` and `after` are those that the changes come
+    from.
     """
 
     repo_id: str

@@ -73,7 +73,7 @@ class Run:
 
     @property
     def after(self) -> Evidence | None:
-        """The look at the adapter that was kept, found as the run found it."""
+        """The evaluation of the adapter that was kept, found as the run found it."""
         looks = [one.evidence for one in self.records if one.step > 0 and one.evidence is not None]
         kept = _table(self.about, "result").get("kept_step")
         if kept is not None:
@@ -274,7 +274,7 @@ def _with_run(facts: Facts, run: Run) -> Facts:
 
 
 def _with_names_of(private: Private, look: Evidence | None) -> Evidence | None:
-    """The look with the names of its scores cleaned."""
+    """The evaluation with the names of its scores cleaned."""
     if look is None:
         return None
     per_prompt = {private.cleaned(name): values for name, values in look.per_prompt.items()}

@@ -28,7 +28,7 @@ SMALL = 128
 """Pictures up to this many pixels are enlarged in whole pixels, not smoothed."""
 
 LONGEST_LABEL = 40
-"""Letters of a line's name beside the curve."""
+"""Letters of a line's name next to the curve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ def thumbnail(image: Float[Tensor, "3 height width"]) -> bytes:
 
 
 def draw_before_after(before: Evidence, after: Evidence, path: str | Path) -> None:
-    """Write a sheet of labelled pairs. Raises RunError; ValueError where a look holds no images."""
+    """Write a sheet of labelled pairs. Raises RunError; ValueError where an evaluation holds no images."""
     if before.images is None or after.images is None or not before.prompts:
-        raise ValueError("draw_before_after needs two looks that hold images")
+        raise ValueError("draw_before_after needs two evaluations that hold images")
     size = _cell(*before.images.shape[-2:])
     margin, gap, line = 24, 8, 20
     card_width = 2 * size[0] + gap
@@ -195,7 +195,7 @@ def draw_curve(
         records: the optimizer steps so far; there may be none yet.
         looks: the evidence in the order it was taken.
         path: a PNG file.
-        kept: the look at the adapter that is kept, which gets a ring.
+        kept: the evaluation of the adapter that is kept, which gets a ring.
     """
     write_whole(path, curve_png(records, looks, LIGHT, kept))
 
@@ -324,7 +324,7 @@ def _finite(value: float) -> float:
 
 
 def _legend(theme: Theme) -> dict[str, Any]:
-    # Beside the axes: inside, it would sooner or later cover the line that matters.
+    # Next to the axes: inside, it would sooner or later cover the line that matters.
     beside = {"loc": "upper left", "bbox_to_anchor": (1.005, 1.04), "borderaxespad": 0}
     return {**beside, "frameon": False, "labelcolor": theme.ink, "fontsize": 9, "handlelength": 1.6}
 

@@ -1,4 +1,4 @@
-"""What a run's `config.json` may hold beside the settings, and of which types: a file may be a stranger's or damaged.
+"""What a run's `config.json` may hold next to the settings, and of which types: a file may be a stranger's or damaged.
 
 Standard library only. What is not listed is somebody else's, and is left alone.
 """

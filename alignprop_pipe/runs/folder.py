@@ -109,7 +109,7 @@ class RunFolder:
 
     @property
     def adapter_path(self) -> Path:
-        """Where the adapter goes; its ComfyUI form stands beside it."""
+        """Where the adapter goes; its ComfyUI form stands next to it."""
         return self.path / ADAPTER
 
     @property
@@ -139,7 +139,7 @@ class RunFolder:
             self.evidence(look, "during" if look.step else "before")
 
     def evidence(self, evidence: Evidence, when: When) -> None:
-        """Keep a look at the held-out prompts; before and after write their pictures, before and during the curve."""
+        """Keep an evaluation; before and after write their pictures, before and during the curve."""
         if when == "before":
             self._before = evidence
         elif when == "after":
@@ -154,7 +154,7 @@ class RunFolder:
 
     @property
     def steps(self) -> list[StepRecord]:
-        """The optimizer steps: the records without number 0, which holds the look before training."""
+        """The optimizer steps: the records without number 0, which holds the evaluation before training."""
         return [record for record in self.records if record.step > 0]
 
     @property
@@ -163,12 +163,12 @@ class RunFolder:
 
     @property
     def after(self) -> Evidence | None:
-        """The look at the adapter that was kept; while the run lasts, the newest look."""
+        """The evaluation of the adapter that was kept; while the run lasts, the newest evaluation."""
         return self._after or self._newest
 
     @property
     def kept(self) -> Evidence | None:
-        """The look at the adapter that is kept; while the run lasts, the best one so far, or the newest."""
+        """The evaluation of the adapter that is kept; while the run lasts, the best one so far, or the newest."""
         kept_step = self.about.get("result", {}).get("kept_step")
         if self._after is not None or kept_step is not None:
             return self._after
@@ -176,7 +176,7 @@ class RunFolder:
 
     @property
     def looks(self) -> list[Evidence]:
-        """Every look in the order it was taken: before, during, after."""
+        """Every evaluation in the order it was taken: before, during, after."""
         return [look for look in (self._before, *self._during.values(), self._after) if look is not None]
 
     def finish(
@@ -192,7 +192,8 @@ class RunFolder:
             changes: name of a held-out score ("reward", a part, a judge) -> its mean before, after, their difference
                 and the standard error of the paired differences, as `records.Change`.
             status: how the run ended, in a few words, such as "interrupted after 12 of 60 steps".
-            facts: what else the result in `config.json` holds, such as `kept_step`: without a look at the adapter of
+            facts: what else the result in `config.json` holds, such as `kept_step`: without an evaluation of the
+            adapter of
                 that step there are no pictures of after.
             cuts: prompts that a reward or a judge could not read to their end.
 
@@ -255,7 +256,7 @@ class RunFolder:
         write_whole(self.path / CONFIG, json.dumps(self.about, indent=2, allow_nan=False) + "\n")
 
     def _write_samples(self, evidence: Evidence, when: When) -> None:
-        """`samples/before/003-two-dogs.png` and, with the same name, `samples/after/…`; scores beside them."""
+        """`samples/before/003-two-dogs.png` and, with the same name, `samples/after/…`; scores next to them."""
         folder = self.path / "samples" / when
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +287,7 @@ def check_place(out: str | Path) -> None:
 def read_metrics(path: str | Path) -> list[StepRecord]:
     """The records in a run folder's `metrics.jsonl` (or in that file itself), pictures left out.
 
-    Record 0 holds the look before training. A last line that a kill cut short is left out;
+    Record 0 holds the evaluation before training. A last line that a kill cut short is left out;
     numbers that were not finite come back as NaN. Of a step that was written twice, the later record counts.
     Raises RunError where the file is missing or another line is damaged.
     """

@@ -1,4 +1,4 @@
-"""What a run folder's `config.json` says beside the settings, so that the run can be repeated from it; and back again.
+"""What a run folder's `config.json` says next to the settings, so that the run can be repeated from it; and back again.
 
 The format is that of `describe`, `prompt_facts` and `repeat_command`; `run_facts` lists it. What no file can
 hold, such as a picture that was an argument of the call, is described, and said under "not_repeatable": then no
@@ -372,7 +372,7 @@ def _place(source: Any, called: str) -> tuple[str, str]:
 
 
 def _findable(module: str) -> str:
-    """A module by its file, where it lies beside a script and is found from there alone; else by its name."""
+    """A module by its file, where it lies next to a script and is found from there alone; else by its name."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or "site-packages" in file or "." in module:
         return module

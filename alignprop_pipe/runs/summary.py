@@ -80,14 +80,14 @@ def warnings_of(
     """Everything that whoever uses the adapter should be warned of, the worst first; nothing for a good run.
 
     Args:
-        before: the look at the base model; None where it is not known, such as for a file without its run.
-        after: the look at the adapter that was kept.
+        before: the evaluation of the base model; None where it is not known, such as for a file without its run.
+        after: the evaluation of the adapter that was kept.
         changes: `paired_change` of the two, or what is known of it.
         loss: what the run made of the reward: with `target:0.2`, a reward that falls to 0.2 is no fall.
-        status: how the run ended, where that is not said beside the warnings.
+        status: how the run ended, where that is not said next to the warnings.
         judges: names in `changes` that were never trained on; default: those of `after`. Where `after` names its
             judges, only these and their attributes count: what a judge logs besides may fall for the better.
-        diversity: default: that of the two looks.
+        diversity: default: that of the two evaluations.
         cuts: prompts that a reward or a judge could not read to their end.
     """
     names = tuple(after.judges if judges is None and after is not None else judges or ())
@@ -107,17 +107,17 @@ def warnings_of(
 
 
 class Watch:
-    """Follows a run's records; `first_at` gives each warning once, at the look where it first holds."""
+    """Follows a run's records; `first_at` gives each warning once, at the evaluation where it first holds."""
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
         self.holding: tuple[RunWarning, ...] = ()
-        """What holds at the newest look."""
+        """What holds at the newest evaluation."""
         self._before: Evidence | None = None
         self._told: set[tuple[str, str]] = set()
 
     def first_at(self, record: StepRecord) -> list[RunWarning]:
-        """The warnings that hold at this record's look and at none before it; none where it has no look."""
+        """The warnings that hold at this record's evaluation and at none before it; none where it has no evaluation."""
         look = record.evidence
         if record.step == 0 or look is None or self._before is None:
             self._before = look if record.step == 0 else self._before
@@ -381,10 +381,10 @@ def _or_zero(value: float) -> float:
 
 
 def best_of(looks: Sequence[Evidence], keep_best: bool | str) -> Evidence | None:
-    """The look at the adapter that is kept: the first of the best by `merit`, or the newest where `keep_best` is False.
+    """The evaluation of the adapter that is kept: the first of the best by `merit`, or without `keep_best` the newest.
 
-    A look with a reward or merit that is not finite is never it. Looks that an earlier version wrote know no merit
-    and are compared by their reward, as they were then.
+    An evaluation with a reward or merit that is not finite is never it. Evaluations that an earlier version wrote know
+    no merit and are compared by their reward, as they were then.
     """
     known = [look for look in looks if all(map(math.isfinite, (look.reward, *look.merit)))]
     if not keep_best:

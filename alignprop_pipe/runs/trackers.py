@@ -37,7 +37,7 @@ class Trackers:
             check_trackers(self.names)
 
     def on_step(self, record: StepRecord) -> None:
-        """Log one record: its numbers, and those of its look at the held-out prompts."""
+        """Log one record: its numbers, and those of its evaluation of the held-out prompts."""
         if not self.names:
             return
         if self._accelerator is None:

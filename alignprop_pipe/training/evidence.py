@@ -131,8 +131,8 @@ def judges_of(config: AlignConfig) -> list[Reward]:
 def followed_judge(keep_best: bool | str, judges: Sequence[Reward], typed: Sequence[str] = ()) -> int | None:
     """The place of the judge that `keep_best` and `patience` follow; None: they follow the loss.
 
-    A judge is named by its label, by its text, or as it was `typed`. Where two looks are alike for the judge, the loss
-    decides. Raises ConfigError for a judge that is not there.
+    A judge is named by its label, by its text, or as it was `typed`. Where two evaluations are alike for the judge,
+    the loss decides. Raises ConfigError for a judge that is not there.
     """
     if keep_best == "reward" or not judges:
         return None

@@ -22,7 +22,8 @@ class Forecast:
     """An estimate. Memory is weights plus what autograd keeps at the largest K; time is for a mean K.
 
     `process_mb` is what the process fills at its peak in the machine's own memory: libraries, the pipeline, and on the
-    CPU what a step needs besides. `seconds_per_picture` are those of one picture of a look at the held-out prompts.
+    CPU what a step needs besides. `seconds_per_picture` are those of one picture of an evaluation of the held-out
+    prompts.
     """
 
     trainable_parameters: int

@@ -54,7 +54,7 @@ Told = Callable[[int, int], object]
 
 
 def unheard(done: int, total: int) -> None:
-    """Where nobody wants to know of the pictures of a look."""
+    """Where nobody wants to know of the pictures of an evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,12 @@ class Training:
     """What changes while the loop runs: the optimizer, and the adapters that may have to come back.
 
     `reward`, `judges` and the judges in `config` are calibrated: their texts hold the statistics that were measured.
-    `base_pictures` are the pictures of the base model for the evidence until the first look has scored them.
-    `best` is the adapter of the best look, by what `followed` says, `good` the newest one that gave a finite loss or
+    `base_pictures` are the pictures of the base model for the evidence until the first evaluation has scored them.
+    `best` is the adapter of the best evaluation, by what `followed` says, `good` the newest one that gave a finite
+    loss or
     look. `steps` were taken; `interrupted` says that one was broken off, `failure` why no more are taken, and is empty
     while all is well. `kept_step` is the step whose adapter is on the pipeline when the loop has ended. `told` hears of
-    a look how many pictures are drawn, and of how many.
+    an evaluation how many pictures are drawn, and of how many.
     """
 
     pipe: DiffusionPipeline
@@ -116,7 +117,8 @@ def align_steps(
     """Train a new adapter on `pipe`, one optimizer step per record; leaving the loop early keeps what was learned.
 
     Record 0 carries the evidence before training, where the configuration asks for evidence; the last record carries
-    the evidence after it. With `keep_best` the adapter of the best look is on the pipeline at the end: the best by the
+    the evidence after it. With `keep_best` the adapter of the best evaluation is on the pipeline at the end: the best
+    by the
     loss, or by a judge. `call_kwargs` are arguments of this pipeline alone (`image`, `num_frames`, ...). When `stop()`
     turns true, the step at hand is the last one; where it turns true between two steps, the last record comes once
     more, with the evidence. KeyboardInterrupt within a step does the same without that step, a second one ends at once.
@@ -174,7 +176,7 @@ def _records(state: Training, stop: Callable[[], bool]) -> Generator[StepRecord,
         except KeyboardInterrupt:
             state.interrupted = True
             undo(state)
-            if record is not None and record.step == step:  # the step is done, its look is not
+            if record is not None and record.step == step:  # the step is done, its evaluation is not
                 yield record
             if stop():  # so this was the second time
                 raise
@@ -573,7 +575,7 @@ def look(state: Training) -> Evidence:
 
 
 def judge_look(state: Training, evidence: Evidence) -> None:
-    """Remember the adapter of a look: the best so far, or one more without a gain."""
+    """Remember the adapter of an evaluation: the best so far, or one more without a gain."""
     state.good = Snapshot(state.steps, lora.snapshot(state.denoisers))
     if evidence.merit > state.best_merit:
         state.best_merit, state.looks_without_gain = evidence.merit, 0
@@ -583,7 +585,7 @@ def judge_look(state: Training, evidence: Evidence) -> None:
 
 
 def not_finite(evidence: Evidence, base: Evidence | None) -> str:
-    """What about a look is no finite number though it was for the base model; empty where all is well."""
+    """What about an evaluation is no finite number though it was for the base model; empty where all is well."""
     wrong = [] if evidence.images is None or evidence.images.isfinite().all() else ["pictures"]
     scores = {"reward": evidence.reward, **evidence.parts, **evidence.judges}
     before = {} if base is None else {"reward": base.reward, **base.parts, **base.judges}

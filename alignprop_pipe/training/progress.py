@@ -1,6 +1,6 @@
 """The line that `align` shows while it runs, drawn by tqdm in a terminal, a log or a notebook; previews in a notebook.
 
-It is an edge: it is told of the pictures of a look and of every record, and decides nothing.
+It is an edge: it is told of the pictures of an evaluation and of every record, and decides nothing.
 """
 
 import logging
@@ -39,14 +39,14 @@ class Display(Protocol):
     """What shows a run."""
 
     def on_pictures(self, done: int, total: int) -> object:
-        """So many pictures of a look are drawn; 0 when it begins."""
+        """So many pictures of an evaluation are drawn; 0 when it begins."""
 
     def on_step(self, record: StepRecord) -> object:
-        """A step has been taken; step 0 is the look before the training."""
+        """A step has been taken; step 0 is the evaluation before the training."""
 
 
 class Bar:
-    """One line: over the pictures of the look before the training, then over the steps."""
+    """One line: over the pictures of the evaluation before the training, then over the steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -57,9 +57,9 @@ class Bar:
 
     def on_pictures(self, done: int, total: int) -> None:
         if self.record is None:
-            self._show("first look", total, done)
+            self._show("baseline", total, done)
         else:  # the steps stand still
-            self._show(f"look {done}/{total}, step", self.steps, self.record.step)
+            self._show(f"eval {done}/{total}, step", self.steps, self.record.step)
 
     def on_step(self, record: StepRecord) -> None:
         self.record, self.look = record, record.evidence or self.look
@@ -100,7 +100,7 @@ class Previews:
             logger.warning("previews are shown in notebooks; elsewhere on_step gets the pictures, as record.images")
 
     def on_pictures(self, done: int, total: int) -> None:
-        """They are of the looks, and shown in the result."""
+        """They are of the evaluations, and shown in the result."""
 
     def on_step(self, record: StepRecord) -> None:
         if record.images is None or not in_notebook():
@@ -157,7 +157,7 @@ def shown(pipe: DiffusionPipeline, steps: int, progress: bool | str | Display) -
 def fitted(what: str, count: str, record: StepRecord | None, look: Evidence | None, width: int) -> tuple[str, str]:
     """What stands before the count, and the numbers behind the time that is left.
 
-    What counts, which is the count, the time, the reward, the newest look at it and the memory, fits into 60 columns;
+    What counts, which is the count, the time, the reward, the newest evaluation and the memory, fits into 60 columns;
     the judges are there where they fit too. `what` is going on is told where there is room.
     """
     reward = [] if record is None or record.step == 0 else [("reward", record.reward)]

@@ -17,11 +17,12 @@ class AlignResult:
     """A finished run.
 
     `adapter` is a copy on the CPU of the LoRA that was kept, the one of step `kept_step`. `before` and `after` are the
-    evidence on the same prompts and noise; `after` belongs to the adapter that was kept and is None where no look was
+    evidence on the same prompts and noise; `after` belongs to the adapter that was kept and is None where no
+    evaluation was
     taken at it. `stopped` says why a run ended early and is empty where it did not. `trained_on` says how many prompts
     were trained on and held out, in words; `followed` what the kept adapter was chosen by; `chosen_from` is the number
-    of looks that it was chosen from: with more than one, its scores there are a little better than they would be on
-    other prompts (`choice` says so). `cuts` are the prompts that a reward or a judge could not read to their end.
+    of evaluations that it was chosen from: with more than one, its scores there are a little better than they would be
+    on other prompts (`choice` says so). `cuts` are the prompts that a reward or a judge could not read to their end.
 
     Example:
         >>> from alignprop_pipe import AlignPropPipeline
@@ -103,23 +104,23 @@ def change_text(change: Change) -> str:
 
 
 def choice_sentence(after: Evidence | None, chosen_from: int, followed: str) -> str:
-    """That the scores of `after` flatter the adapter, since it was chosen by them; empty for fewer than two looks."""
+    """That the scores of `after` flatter the adapter, which was chosen by them; empty for fewer than two."""
     if after is None or chosen_from < 2:
         return ""
     return (
-        f"the adapter of step {after.step}, the best of {chosen_from} looks by {followed}. They were looks at the same "
-        f"{after.what} as are reported here, so these scores are a little better than on other prompts, and the "
+        f"the adapter of step {after.step}, the best of {chosen_from} evaluations by {followed}. They were of the "
+        f"same {after.what} as are reported here, so these scores are a little better than on other prompts, and the "
         "standard errors do not count that in"
     )
 
 
 def kept_evidence(history: Sequence[StepRecord], config: AlignConfig) -> Evidence | None:
-    """The look at the adapter that was kept: the best one with `keep_best`, else the newest. See `summary.best_of`."""
+    """The evaluation of the adapter that was kept: the best one with `keep_best`, else the newest."""
     return best_of(looks_in(history), config.evaluation.keep_best)
 
 
 def looks_in(history: Sequence[StepRecord]) -> list[Evidence]:
-    """The looks at the evidence that a run took after its first step, in their order."""
+    """The evaluations that a run took after its first step, in their order."""
     return [record.evidence for record in history if record.step > 0 and record.evidence is not None]
 
 

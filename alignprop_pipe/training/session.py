@@ -66,9 +66,9 @@ class Session:
         return self.history[-1].step if self.history else 0
 
     def remember(self, record: StepRecord) -> None:
-        """Append a record; of the looks, only the first and the kept one hold on to their pictures.
+        """Append a record; of the evaluations, only the first and the kept one hold on to their pictures.
 
-        What its look warns of is told at once, so that a run that goes wrong can be ended.
+        What its evaluation warns of is told at once, so that a run that goes wrong can be ended.
         """
         record = replace(record, images=None)
         if self.history and self.steps == record.step:  # the same step, with its evidence now
@@ -109,7 +109,7 @@ def drain(
     on_step: Callable[[StepRecord], object],
     stop: threading.Event,
 ) -> None:
-    """Run the loop to its end, or to the look after the step in which `stop` was set; a second interrupt ends at once.
+    """Run the loop to its end, or to the evaluation after the step in which `stop` was set; a second one ends at once.
 
     KeyboardInterrupt between two steps, and StopIteration from `on_step`, set it too.
     """
@@ -133,7 +133,8 @@ def conclude(session: Session, interrupted: bool) -> AlignResult:
     if done < planned:
         status = f"interrupted after {done} of {planned} steps"
         if not interrupted:
-            status = f"no better look by {session.state.followed} for {patience} looks: ended after {done} steps"
+            followed = session.state.followed
+            status = f"no better evaluation by {followed} for {patience} evaluations: ended after {done} steps"
     result = result_of(session, status, interrupted=interrupted and done < planned)
     if session.run is not None:
         write_down(session.run, result)

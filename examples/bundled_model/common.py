@@ -26,7 +26,7 @@ def learning_rate(step: int, steps: int, peak: float, warm: int = 150, decay: fl
 
 
 def save_whole(path: Path, state: dict) -> None:
-    """Write beside and rename, so that a killed run never leaves half a file."""
+    """Write next to and rename, so that a killed run never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     torch.save(state, beside)

@@ -1,6 +1,6 @@
 """The figures: judge, scorer, detector and answerer on fresh renderings, then on pictures of the text-to-image model.
 
-`python measure.py work/weak` prints them and writes weak-measured.json and weak-measured.png beside that folder.
+`python measure.py work/weak` prints them and writes weak-measured.json and weak-measured.png next to that folder.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--number", type=int, default=300, help="pictures to sample")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--out", type=Path, help="where the .json and .png go (default: beside the model)")
+    parser.add_argument("--out", type=Path, help="where the .json and .png go (default: next to the model)")
     return parser.parse_args()
 
 

@@ -248,7 +248,7 @@ def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
         )
     else:
         title = "half of the `alignment` adapter and half of the `compressibility` adapter"
-        meant = "mixing finished adapters, beside training on the mixed reward above"
+        meant = "mixing finished adapters, next to training on the mixed reward above"
         measures = {"clip": "clip"} | FILE_SIZE | RIGHT
     lines = [f"{'###' if name.endswith(TOO_FAR) else '##'} {name}: {title}", "", f"{meant[0].upper()}{meant[1:]}.", ""]
     lines += [f"| | {' | '.join(f'seed {seed}' for seed in runs)} | mean change |", f"|---|{'---|' * (len(runs) + 1)}"]

@@ -77,7 +77,7 @@ def page(lines: Mapping[str, Line]) -> str:
         "of the adapter's weights through the last 1, 2 and all denoising steps equals that of the undecorated stock "
         "call, and along a random direction it is the slope of the stock call; the adapter is saved, read by a fresh "
         "pipeline and draws the same pictures; `align` takes a step. What could not be checked of a class is noted "
-        "beside it.",
+        "next to it.",
         "",
         "This page is written by `python tests/sweep`, which tests/sweep/__main__.py explains.",
     ]

@@ -23,7 +23,7 @@ class Preprocess:
     """Resize, centre crop, normalise: the recipe in a model's preprocessor_config.json.
 
     `size` is the shorter side, or (height, width); `crop` is (height, width). None leaves that step out.
-    `crop_rounds`: half a pixel beside the crop is rounded to even, as torchvision does; transformers rounds down.
+    `crop_rounds`: half a pixel next to the crop is rounded to even, as torchvision does; transformers rounds down.
     `letterbox`: `size` is the longer side, black is added to a square of it, and pictures are resized as tensors, in
     one pass and past 0 and 1 at hard edges.
     """

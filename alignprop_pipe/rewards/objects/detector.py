@@ -238,7 +238,7 @@ class EdgePixels:
         if not isinstance(recipe.size, int):
             return cls(None, None, recipe.size, recipe)
         size = config["size"]
-        # Older files have "max_size" beside a plain number; 1333 is what the image processor takes without.
+        # Older files have "max_size" next to a plain number; 1333 is what the image processor takes without.
         longest = size.get("longest_edge") if isinstance(size, Mapping) else config.get("max_size", 1333)
         return cls(recipe.size, None if longest is None else int(longest), None, recipe)
 

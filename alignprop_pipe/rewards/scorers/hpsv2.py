@@ -94,9 +94,9 @@ class HpsV2(TwoTowers):
 
     def _also_needs(self) -> str:
         return (
-            f"Beside its weights {self.name} needs config.json and the tokenizer of a CLIP ViT-H/14: on a machine with "
-            f"a network, run `hf download {self.processor} {_PROCESSOR_FILES} --local-dir FOLDER`; bring these files "
-            "here, into the folder of the weights or another, and give that one as processor"
+            f"Next to its weights {self.name} needs config.json and the tokenizer of a CLIP ViT-H/14: on a machine "
+            f"with a network, run `hf download {self.processor} {_PROCESSOR_FILES} --local-dir FOLDER`; bring these "
+            "files here, into the folder of the weights or another, and give that one as processor"
         )
 
     def _home(self, file: str) -> str:

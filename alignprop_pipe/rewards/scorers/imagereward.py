@@ -53,11 +53,11 @@ class ImageReward(NetworkReward):
     Args:
         model: `THUDM/ImageReward` (the authors' pickle), `RE-N-Y/ImageReward` (the same names as safetensors), or a
             folder or file with either. Sizes are read from the weights. Attention heads are 64 wide, unless a
-            med_config.json beside the weights has `num_attention_heads` (or `vision_num_attention_heads`).
+            med_config.json next to the weights has `num_attention_heads` (or `vision_num_attention_heads`).
         revision: branch, tag or commit of the weights on the Hub.
         dtype: number format of the network: "float32", "bfloat16" or "float16".
         offload: keep the network in main memory between scores.
-        tokenizer: Hub id or folder of the BERT tokenizer; by default the one beside the weights, else
+        tokenizer: Hub id or folder of the BERT tokenizer; by default the one next to the weights, else
             google-bert/bert-base-uncased.
 
     Example:
@@ -167,7 +167,7 @@ def load_words(source: str) -> Any:
         reason = str(error).strip().split("\n")[0]
         raise RewardError(
             f"imagereward also needs a BERT tokenizer, and {source!r} gave none. On a machine with a network, run "
-            f"`hf download {TOKENIZER} vocab.txt --local-dir FOLDER`; bring vocab.txt here, beside the weights, or "
+            f"`hf download {TOKENIZER} vocab.txt --local-dir FOLDER`; bring vocab.txt here, next to the weights, or "
             f"give its folder as imagereward(tokenizer=FOLDER). ({reason})"
         ) from error
     words.add_special_tokens({"bos_token": "[DEC]"})
