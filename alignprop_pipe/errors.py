@@ -8,7 +8,7 @@ class AlignError(Exception):
 
     `result` is the AlignResult, with the adapter in it, of a run that had learned something when it failed; else None.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignError, PromptSet
         >>> try:
         ...     PromptSet.load([])

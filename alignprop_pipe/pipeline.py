@@ -77,7 +77,7 @@ class AlignPropPipeline(Stock):
 
     Make one with `from_pretrained`, `from_pipe` or `from_single_file`; it is an instance of the stock class too.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 2, "eval_prompts": 2}

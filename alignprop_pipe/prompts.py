@@ -43,7 +43,7 @@ class PromptSet:
 
     Raises PromptError for a prompt that is blank or no text, and for a column of another length.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import PromptSet
         >>> prompts = PromptSet(("a fox", "two cats"), {"count": (1, 2)})
         >>> prompts.take([1]).targets

@@ -27,7 +27,7 @@ class PromptBatch:
 class Rollout:
     """Finished pictures in [0, 1]; their graph reaches back through the denoiser calls of `graded`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe import Rollout
         >>> rollout = Rollout(torch.zeros(1, 3, 8, 8), range(45, 50), 50, None)
@@ -45,7 +45,7 @@ class Rollout:
 class Scores:
     """One total per picture, and each part of the reward under its own name, unweighted.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe import parse_reward
         >>> scores = parse_reward("brightness + 2*symmetry")(torch.ones(1, 3, 8, 8), ["a fox"])
@@ -73,7 +73,7 @@ class Evidence:
     prompts, with noise that the training never draws. `merit` is what `keep_best` and `patience` follow, higher is
     better, compared number by number; empty where it is not known.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, evaluate, parse_reward
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> config = AlignConfig.preset("emoji").replace(num_inference_steps=1)
@@ -126,7 +126,7 @@ class StepRecord:
     `images` are the pictures of the step's first batch, on the CPU, for a preview (of videos the middle frames); a
     finished run keeps none of them.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"batch_size": 1, "num_inference_steps": 2, "eval_prompts": 0, "progress": False}

@@ -135,8 +135,12 @@ def running(folder: Path) -> Iterator[Host]:
     try:
         yield host
     finally:
+        package = sys.modules["comfy_nodes"]
         for name in [name for name in sys.modules if name.startswith("comfy_nodes.")]:
             del sys.modules[name]
+            vars(package).pop(name.rpartition(".")[2], None)
+        for name, module in kept.items():
+            setattr(package, name.rpartition(".")[2], module)
         for name, module in before.items():
             sys.modules.pop(name, None)
             if module is not None:

@@ -92,7 +92,7 @@ def test_what_a_prompt_says(prompt, expected):
         ("a man and two women in a park", {"person": 3}),
         ("one dog on an orange background", {"dog": 1}),
         ("a bowl of oranges and a zeppelin", {"orange": None}),
-        ("two phones next to a pair of skis", {"cell phone": 2, "skis": 2}),
+        ("two phones beside a pair of skis", {"cell phone": 2, "skis": 2}),
         ("a street without cars", {"car": 0}),
     ],
 )

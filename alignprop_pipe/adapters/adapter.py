@@ -46,7 +46,7 @@ class Adapter(Mapping[str, Tensor]):
         metadata: texts about it, by their names in a file's header.
         run_folder: where the run that made it left its evidence, for `push_to_hub`; never written into a file.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import Adapter, AlignPropPipeline
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

@@ -52,7 +52,7 @@ def save_adapter(
     Raises:
         AdapterError: there is no adapter, or `path` is not usable.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline, save_adapter
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
@@ -91,7 +91,7 @@ def load_adapter(
             which an adapter has no effect (fused LoRAs or projections). The pipeline is as it was.
         ConfigError: `window` is none.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline, load_adapter
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

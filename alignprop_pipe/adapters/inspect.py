@@ -42,7 +42,7 @@ class Inspection:
     `ranks`, `alphas`, `targets` and `dtypes` count layers (for `dtypes`, tensors) by rank, alpha, kind of layer and
     number format; `format` is whose names its keys have. `problems` are sentences, the worst first; empty: none found.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline, inspect_adapter
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}
@@ -85,7 +85,7 @@ def inspect_adapter(path: str | Path, *, allow_pickle: bool = False) -> Inspecti
     Raises:
         AdapterError: the file is missing, cut off, damaged, a pickle, or no LoRA.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline, inspect_adapter
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

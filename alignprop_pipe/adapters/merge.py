@@ -54,7 +54,7 @@ def merge(
         PipelineError: a checkpoint file of another model, or weights that do not fit `dtype`.
         RunError: the disk does not take it.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline, merge
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

@@ -44,7 +44,7 @@ def mix(parts: Sequence[tuple[Source, float]] | Mapping[str | Path, float], rank
     Raises:
         AdapterError: the parts are of different base models, or cannot be read; or a weight is no number.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline, mix
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

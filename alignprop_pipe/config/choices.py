@@ -37,7 +37,7 @@ def _finite(name: str, value: Any) -> float:
 class RecomputeAll:
     """Every graded step is recomputed in the backward pass: least memory, flat in the number of steps.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, RecomputeAll
         >>> AlignConfig().replace(checkpointing="all").checkpointing == RecomputeAll()
         True
@@ -51,7 +51,7 @@ class RecomputeAll:
 class RecomputeNone:
     """Every graded step keeps its activations: fastest, memory grows with K.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, RecomputeNone
         >>> AlignConfig().replace(checkpointing="none").checkpointing == RecomputeNone()
         True
@@ -65,7 +65,7 @@ class RecomputeNone:
 class KeepSteps:
     """`steps` graded steps (the last ones) keep their activations, the others are recomputed.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, KeepSteps
         >>> AlignConfig().replace(checkpointing=2).checkpointing == KeepSteps(2)
         True
@@ -106,7 +106,7 @@ def checkpointing_from_text(text: str) -> Checkpointing:
 class Maximize:
     """loss = -mean(reward).
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, Maximize
         >>> AlignConfig().loss == Maximize()
         True
@@ -120,7 +120,7 @@ class Maximize:
 class Target:
     """loss = mean(|reward - value|); the paper's aesthetic run aims at 10.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, Target
         >>> AlignConfig().replace(loss="target:0.5").loss == Target(0.5)
         True
@@ -139,7 +139,7 @@ class Target:
 class Hinge:
     """loss = mean(relu(margin - reward)): pictures past the margin pull no more (ReFL uses 2).
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, Hinge
         >>> AlignConfig().replace(loss="hinge:0.8").loss == Hinge(0.8)
         True
@@ -181,7 +181,7 @@ class Window:
 
     0 is the first step, at full noise, and 1 the end. The windows 0.0-0.6 and 0.6-1.0 share no step and leave none out.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import Window
         >>> Window(0.0, 0.6).steps(10)
         range(0, 6)

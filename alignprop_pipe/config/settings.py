@@ -74,7 +74,7 @@ def _by_name(kind: type[Made]) -> type[Made]:
 class LoraOptions(_Checked):
     """The adapter that is trained.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, LoraOptions
         >>> AlignConfig(lora=LoraOptions(rank=16)) == AlignConfig().replace(rank=16)
         True
@@ -97,7 +97,7 @@ class LoraOptions(_Checked):
 class OptimizerOptions(_Checked):
     """AdamW (paper: lr 1e-3, betas .9 and .999, weight decay 0.1, clip 5).
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, OptimizerOptions
         >>> AlignConfig(optimizer=OptimizerOptions(lr=3e-4)) == AlignConfig().replace(lr=3e-4)
         True
@@ -128,7 +128,7 @@ class OptimizerOptions(_Checked):
 class SamplingOptions(_Checked):
     """How pictures are made during training and for the held-out evidence: arguments of the stock pipeline.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, SamplingOptions
         >>> AlignConfig(sampling=SamplingOptions(guidance_scale=5.0)) == AlignConfig().replace(guidance_scale=5.0)
         True
@@ -150,7 +150,7 @@ class EvaluationOptions(_Checked):
     Where there are fewer than eight different prompts, all are trained on, and these pictures are of the same prompts
     with other noise.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, EvaluationOptions
         >>> AlignConfig(evaluation=EvaluationOptions(eval_prompts=16, judges=("sharpness",))).evaluation.eval_prompts
         16
@@ -199,7 +199,7 @@ class EvaluationOptions(_Checked):
 class AlignConfig(_Checked):
     """Everything that decides a run (see the fields; `AlignConfig.preset` has named starting points).
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig
         >>> config = AlignConfig().replace(steps=20, rank=8, truncation="last:1")
         >>> config.lora.rank, str(config.truncation)

@@ -50,7 +50,7 @@ class Truncation(ABC):
 class FullBackprop(Truncation):
     """Every denoising step carries gradient (DRaFT, arXiv 2309.17400; collapses early, AlignProp section 4).
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import FullBackprop
         >>> str(FullBackprop()), FullBackprop().expected(50)
         ('full', 50.0)
@@ -82,7 +82,7 @@ class FullBackprop(Truncation):
 class LastK(Truncation):
     """The last `k` denoising steps carry gradient (DRaFT-K).
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import LastK
         >>> str(LastK(5)), LastK(5).expected(50)
         ('last:5', 5.0)
@@ -122,7 +122,7 @@ class RandomLastK(Truncation):
 
     The paper draws from 0..T; K = 0 would train nothing, so `low` starts at 1. `high=None` means T.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import RandomLastK
         >>> str(RandomLastK(1, 10)), RandomLastK(1, 10).expected(50), RandomLastK().most(50)
         ('random:1-10', 5.5, 50)

@@ -24,7 +24,7 @@ class StepClock:
     is called before a step (guidance), nor how often the scheduler steps after one call (once for every frame, or on
     copies of it), nor how the pipeline passes the timestep, which it may scale, shift or repeat.
 
-    Example:
+    Examples:
         >>> clock = StepClock()
         >>> clock.scheduler_stepped()
         >>> clock.end_step()

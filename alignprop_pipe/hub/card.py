@@ -53,7 +53,7 @@ TEMPLATES.filters |= {
 def model_card(facts: Facts) -> ModelCard:
     """The card, metadata and text; the same facts give the same card.
 
-    Example:
+    Examples:
         >>> model_card(Facts(repo_id="me/foxes", reward="clip")).text.strip().splitlines()[0]
         '# foxes'
     """

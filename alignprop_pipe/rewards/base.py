@@ -26,7 +26,7 @@ class Reward:
 
     Calling a reward gives `Scores`: the total, with its gradient, and the parts for the log, without.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe import Reward
         >>> class Redness(Reward):
@@ -205,7 +205,7 @@ class WeightedSum(Combination):
 
     Sums inside sums are multiplied out: `2*(a - 0.5*b)` is `2*a - b`.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import Brightness, Jpeg, WeightedSum
         >>> both = Brightness() + 0.1 * Jpeg()
         >>> isinstance(both, WeightedSum), str(both)

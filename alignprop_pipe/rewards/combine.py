@@ -26,7 +26,7 @@ def calibrate(reward: Reward, images: Images, prompts: list[str], targets: Targe
     Nothing is trained and nothing changed in place; `str()` of the result holds the numbers. Networks run where the
     images are, a few pictures at a time. Raises RewardError where a reward has no spread on these pictures.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import calibrate, parse_reward
         >>> pictures = torch.tensor([0.25, 0.75]).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
@@ -116,7 +116,7 @@ class ZScore(Measured):
     Without a unit, so that weights mean something: in `zscore(aesthetic) + 0.5*zscore(clip)` one standard deviation
     of the first is worth two of the second. `zscore(clip, mean=0.71, std=0.08)` measures nothing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import calibrate, parse_reward
         >>> pictures = torch.linspace(0, 1, 21).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
@@ -158,7 +158,7 @@ class Scaled(Measured):
     `clip_above(scaled(clip), 1)` stops pulling there. `scaled(clip, low=0.6, high=0.8)` measures nothing; `low` may
     be the higher number, which turns the reward round.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import calibrate, parse_reward
         >>> pictures = torch.linspace(0, 1, 21).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
@@ -203,7 +203,7 @@ class Min(Combination):
     The gradient goes to the smallest one alone. Scores of different units are not comparable: bring them to one scale
     first, as in `min(zscore(clip), zscore(aesthetic))`. The largest is `-min(-a, -b)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import parse_reward
         >>> parse_reward("min(brightness, symmetry)")(torch.ones(1, 3, 8, 8), [""]).total.abs()
@@ -232,7 +232,7 @@ class SoftMin(Combination):
     near 0 it is `min`, far above their differences it is the mean. Scores of different units are not comparable: bring
     them to one scale first, as in `softmin(zscore(clip), zscore(aesthetic))`, where t = 1 is one standard deviation.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import parse_reward
         >>> str(parse_reward("softmin(zscore(clip), zscore(jpeg), temperature=0.5)"))
         'softmin(zscore(clip), zscore(jpeg), temperature=0.5)'
@@ -265,7 +265,7 @@ class ClipAbove(OfOne):
 
     A brake on over-optimisation. For a reward that shall stay low, put the minus inside: `clip_above(-tv, -0.02)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import parse_reward
         >>> parse_reward("clip_above(brightness, 0.4)")(torch.ones(1, 3, 8, 8), [""]).total
@@ -293,7 +293,7 @@ class Watch(Combination):
 
     `clip + watch(jpeg)`; weights make no difference. Judges of the held-out pictures alone are cheaper: `judges=`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import parse_reward
         >>> scores = parse_reward("brightness + watch(sharpness)")(torch.ones(1, 3, 8, 8), [""])

@@ -30,7 +30,7 @@ class RewardEntry:
     is made only with `accept_license=True`. `registered` is a reward of a user's own; `where` says then where it was
     registered from.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import REGISTRY
         >>> REGISTRY["jpeg"].licence
         'no weights'

@@ -46,7 +46,7 @@ def check_reward(reward: Reward, images: Images, prompts: list[str], targets: Ta
     Gradient mode must be on. Raises RewardShapeError, RewardGradientError or RewardValueError; RewardError for a judge
     and for a reward that fails.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.errors import RewardError
         >>> from alignprop_pipe.rewards import as_reward, check_reward

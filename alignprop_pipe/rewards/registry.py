@@ -38,7 +38,7 @@ def parse_reward(text: str, accept_license: bool = False, allow_code: bool = Fal
 
     Raises RewardError that points at the character.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import parse_reward
         >>> str(parse_reward("jpeg(quality=60) - 0.5*tv"))
         'jpeg(quality=60) - 0.5*tv'
@@ -78,7 +78,7 @@ def register(
     Raises RewardError for a name that is taken (by a reward of your own: `replace=True` puts this in its place; the
     same function from the same file always does) or that cannot stand in an expression.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import parse_reward, register
         >>> @register("example_redness", summary="how red", replace=True)
         ... def redness(images):
@@ -157,7 +157,7 @@ def as_reward(source: "Reward | str | Callable[..., Any]") -> "Reward":
 
     An expression is taken as typed by you and may name code; use `parse_reward` for one that came from elsewhere.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe import as_reward
         >>> as_reward(lambda images: images.mean(dim=(1, 2, 3)))(torch.ones(1, 3, 8, 8), [""]).total

@@ -25,7 +25,7 @@ class Smooth(OfOne):
         noise: standard deviation of the noise, of pictures in [0, 1].
         shift: how far a picture is moved at most, as a share of its sides; its edge pixels fill the gap.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import parse_reward
         >>> parse_reward("smooth(clip, views=2)")(torch.rand(1, 3, 64, 64), ["a fox"]).total.shape

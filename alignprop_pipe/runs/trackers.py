@@ -20,7 +20,7 @@ class Trackers:
 
     Raises ConfigError for a tracker that accelerate does not know, or that is not installed.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, Trackers
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

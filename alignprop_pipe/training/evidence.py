@@ -48,7 +48,7 @@ def evaluate(
     Videos are scored frame by frame and averaged; their middle frame is kept. `call_kwargs` are further arguments
     of this pipeline (`num_frames`, `strength`, ...). Raises PromptError for an empty set, and PipelineError.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, evaluate, parse_reward
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> config = AlignConfig.preset("emoji").replace(num_inference_steps=1)

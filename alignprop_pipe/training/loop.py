@@ -127,7 +127,7 @@ def align_steps(
 
     Raises PipelineError, PromptError, RewardError, ConfigError at once, and TrainingDiverged while iterating.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignConfig, AlignPropPipeline, PromptSet, align_steps, parse_reward
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> config = AlignConfig.preset("emoji").replace(steps=2, batch_size=1, num_inference_steps=1, eval_prompts=0)

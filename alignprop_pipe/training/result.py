@@ -24,7 +24,7 @@ class AlignResult:
     of evaluations that it was chosen from: with more than one, its scores there are a little better than they would be
     on other prompts (`choice` says so). `cuts` are the prompts that a reward or a judge could not read to their end.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe import AlignPropPipeline
         >>> pipe = AlignPropPipeline.from_pretrained("emoji")
         >>> options = {"steps": 1, "batch_size": 1, "num_inference_steps": 1, "eval_prompts": 0, "progress": False}

@@ -135,7 +135,7 @@ OBJECTIVES = {
         {"judge_sees_dog": "dogs, by the judge", "emoji_judge": "cats in the right number on the right background"},
         too_far='without("dog")',
         prompts=DOGS,
-        watched=(f"{HERE_IS}:SeesDog", *WATCHED),
+        watched=(*WATCHED, f"{HERE_IS}:SeesDog"),
     ),
     "alignment-compressibility": Objective("zscore(clip) + 0.15*zscore(jpeg)", "both, on one scale", FILE_SIZE | RIGHT),
 }
@@ -208,18 +208,20 @@ One command each, for example
 
 ```bash
 python examples/objectives/objectives.py count
-alignprop train --reward count --steps 40     # the same on the command line
+alignprop train --reward count                # the same on the command line
 ```
 
 The preset of the bundled model ({steps} steps of {batch} pictures), and {held_out} held-out prompts with the same noise
-before and after; seeds {seeds}, of the versions that go too far the first only. This page is written by the script from
-results.json. A run took {low} to {high} seconds on one core. The judge, which no training sees, says what share of the
+before and after; seeds {seeds}, or the first only. This page is written by the script from results.json. A run took {low} to {high} seconds on one core. The judge, which no training sees, says what share of the
 pictures shows what it should. The size as WebP is an outside measure too: the reward `jpeg` never sees that format. Of
 a JPEG file of these small pictures 0.62 kB are headers and tables, the same for every picture.
 
 A reward that says nothing of what the picture shows is followed too far sooner or later. So such an objective has a
 stopping point (`clip_above`: good enough, no further) or other rewards next to it that keep the pictures; what the
 reward alone does in the same number of steps stands below it as the warning.
+
+What is pulled hard may still cost something: files get 31 % smaller as WebP on the mean of three seeds with as many
+pictures right as before, but one of the three seeds loses 14 points.
 """
 
 
@@ -256,7 +258,9 @@ def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
         pairs = [run[key] for run in runs.values()]
         mean = statistics.mean(after - before for before, after in pairs)
         cells = " | ".join(f"{shown(before)} -> {shown(after)}" for before, after in pairs)
-        lines.append(f"| {words} | {cells} | {shown(mean, '+')} |")
+        relative = statistics.mean(after / before - 1 for before, after in pairs) if key in FILE_SIZE else None
+        share = "" if relative is None else f" ({relative:+.0%})"
+        lines.append(f"| {words} | {cells} | {shown(mean, '+')}{share} |")
     return "\n".join([*lines, "", f"![before and after]({name}.png)", ""])
 
 

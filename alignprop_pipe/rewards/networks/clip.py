@@ -79,7 +79,7 @@ class ClipScore(TwoTowers):
         dtype: number format of the network.
         offload: keep the network in main memory between scores.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import ClipScore
         >>> ClipScore("emoji")(torch.rand(1, 3, 64, 64), ["a fox"]).total.shape

@@ -178,7 +178,7 @@ class Count(ObjectReward):
             {"dog": 2, "cat": 1}; None takes what the prompt says.
         number: how many of the one object; None takes the number from `objects`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Count, parse_reward
         >>> parse_reward('count({"dog": 2})') == Count({"dog": 2})
@@ -236,7 +236,7 @@ class Contains(ObjectReward):
     Args:
         objects: what has to be there: a name, or several with commas between them; None takes what the prompt says.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Contains
         >>> bool(Contains("fox")(torch.zeros(1, 3, 64, 64), [""]).total < 0)  # no fox in a black picture
@@ -287,7 +287,7 @@ class Without(Contains):
     Args:
         objects: what must not be there: a name, or several with commas between them; None takes what the prompt says.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Without
         >>> Without("dog")(torch.zeros(1, 3, 64, 64), [""]).parts["without.right"]

@@ -47,7 +47,7 @@ _PLACES = _words(
     from near of off outside to toward towards underneath upon within with between among amid beneath atop along
     past like as"""
 )
-_JOINING = _words("and or nor plus & next to alongside versus vs while")
+_JOINING = _words("and or nor plus & beside alongside versus vs while")
 _VERBS = _words(
     """is are was were be has have had sit sits sat stand stands stood sleep sleeps play plays run runs jump jumps
     eat eats ride rides wear wears hold holds look looks lie lies lay walk walks chase chases swim swims that

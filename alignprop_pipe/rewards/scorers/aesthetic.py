@@ -73,7 +73,7 @@ class Aesthetic(NetworkReward):
         dtype: number format of the network.
         offload: keep the network in main memory between scores.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import Aesthetic, parse_reward
         >>> parse_reward("aesthetic") == Aesthetic()  # 1.7 GB are downloaded when it scores for the first time
         True
@@ -154,7 +154,7 @@ class Aesthetic25(Aesthetic):
 
     Raises RewardError with a notice unless the licence is accepted.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import parse_reward
         >>> str(parse_reward("aesthetic2.5", accept_license=True))
         'aesthetic2.5(accept_license=True)'

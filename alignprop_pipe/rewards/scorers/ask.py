@@ -46,7 +46,7 @@ class Ask(NetworkReward):
         dtype: number format of the network: "float32", "bfloat16" or "float16".
         offload: keep the network in main memory between scores.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Ask
         >>> ask = Ask("does the picture show {prompt}?", model="emoji")

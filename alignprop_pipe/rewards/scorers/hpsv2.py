@@ -34,7 +34,7 @@ class HpsV2(TwoTowers):
         dtype: number format of the network.
         offload: keep the network in main memory between scores.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import HpsV2, parse_reward
         >>> parse_reward("hpsv2") == HpsV2()  # 2.0 GB are downloaded when it scores for the first time
         True
@@ -109,7 +109,7 @@ class HpsV2(TwoTowers):
 class HpsV21(HpsV2):
     """As `HpsV2`, trained on better data: use this one unless you compare with published numbers of v2.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import HpsV21, parse_reward
         >>> parse_reward("hpsv2.1") == HpsV21()
         True

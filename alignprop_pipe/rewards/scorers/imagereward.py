@@ -60,7 +60,7 @@ class ImageReward(NetworkReward):
         tokenizer: Hub id or folder of the BERT tokenizer; by default the one next to the weights, else
             google-bert/bert-base-uncased.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import ImageReward, parse_reward
         >>> parse_reward("imagereward") == ImageReward()  # 1.8 GB are downloaded when it scores for the first time
         True

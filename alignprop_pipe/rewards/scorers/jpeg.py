@@ -33,7 +33,7 @@ class Jpeg(Reward):
     Any size of picture: the edge is repeated up to multiples of 16. The extra `jpeg_kb` is the true size of the file
     at `quality`, by Pillow, in 1000 bytes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Jpeg
         >>> flat, noisy = Jpeg()(torch.stack([torch.full((3, 32, 32), 0.5), torch.rand(3, 32, 32)]), ["", ""]).total

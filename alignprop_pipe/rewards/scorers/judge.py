@@ -25,7 +25,7 @@ class AttributeJudge(NetworkReward):
     `model` is a transformers image classifier whose labels are `attribute:value` ("subject:dog"); "emoji" is the
     bundled judge with subject, count and background. The extras hold 1.0 or 0.0 for each attribute.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import AttributeJudge
         >>> targets = {"subject": ["fox"], "count": ["one"], "background": ["red"]}

@@ -22,7 +22,7 @@ class PickScore(TwoTowers):
         dtype: number format of the network. The logit scale is applied in float32 always.
         offload: keep the network in main memory between scores.
 
-    Example:
+    Examples:
         >>> from alignprop_pipe.rewards import PickScore, parse_reward
         >>> parse_reward("pickscore") == PickScore()  # 3.9 GB are downloaded when it scores for the first time
         True

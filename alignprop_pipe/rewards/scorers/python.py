@@ -37,7 +37,7 @@ class PythonReward(Reward):
             folder; in Python also the function itself, a `Reward`, a `torch.nn.Module`, or a class of these two.
         options: passed on as keyword arguments.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import PythonReward
         >>> brightness = PythonReward(lambda images, factor: factor * images.mean(dim=(1, 2, 3)), factor=2)

@@ -17,7 +17,7 @@ def luma(images: Images) -> Tensor:
 class Brightness(Reward):
     """Mean luma: 0 (black) to 1 (white).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Brightness
         >>> Brightness()(torch.full((1, 3, 8, 8), 0.5), [""]).total
@@ -39,7 +39,7 @@ class Brightness(Reward):
 class Colour(Reward):
     """Colourfulness (Hasler and Suesstrunk, 2003): 0 (grey) to about 1; vivid photographs 0.4 (109 / 255).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Colour
         >>> Colour()(torch.full((1, 3, 8, 8), 0.5), [""]).total.round(decimals=2)
@@ -65,7 +65,7 @@ class Colour(Reward):
 class Sharpness(Reward):
     """Variance of the Laplacian of the luma: 0 (flat) to 16 (a chessboard of pixels); photographs about 0.01.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Sharpness
         >>> Sharpness()(torch.full((1, 3, 8, 8), 0.5), [""]).total
@@ -90,7 +90,7 @@ class Sharpness(Reward):
 class TotalVariation(Reward):
     """Mean absolute step to the right and lower neighbour: 0 (flat) to 2. As `-tv` it makes pictures calm.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import TotalVariation
         >>> TotalVariation()(torch.ones(1, 3, 8, 8), [""]).total
@@ -114,7 +114,7 @@ class TotalVariation(Reward):
 class Symmetry(Reward):
     """Minus the mean squared difference between a picture and its mirror image: -1 to 0 (symmetric).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from alignprop_pipe.rewards import Symmetry
         >>> Symmetry()(torch.ones(1, 3, 8, 8), [""]).total.abs()
