@@ -212,9 +212,10 @@ alignprop train --reward count                # the same on the command line
 ```
 
 The preset of the bundled model ({steps} steps of {batch} pictures), and {held_out} held-out prompts with the same noise
-before and after; seeds {seeds}, or the first only. This page is written by the script from results.json. A run took {low} to {high} seconds on one core. The judge, which no training sees, says what share of the
-pictures shows what it should. The size as WebP is an outside measure too: the reward `jpeg` never sees that format. Of
-a JPEG file of these small pictures 0.62 kB are headers and tables, the same for every picture.
+before and after; seeds {seeds}, or the first only. This page is written by the script from results.json. A run took
+{low} to {high} seconds on one core. The judge, which no training sees, says what share of the pictures shows what it
+should. The size as WebP is an outside measure too: the reward `jpeg` never sees that format. Of a JPEG file of these
+small pictures 0.62 kB are headers and tables, the same for every picture.
 
 A reward that says nothing of what the picture shows is followed too far sooner or later. So such an objective has a
 stopping point (`clip_above`: good enough, no further) or other rewards next to it that keep the pictures; what the
