@@ -128,7 +128,9 @@ OBJECTIVES = {
         too_far="-jpeg",
     ),
     "count": Objective("count", "as many objects as the prompt says", NUMBER | RIGHT),
-    "presence": Objective("contains", "the object that the prompt names is there", SUBJECT | RIGHT),
+    "presence": Objective(
+        "smooth(clip) + contains", "the object that the prompt names is there", SUBJECT | RIGHT, too_far="contains"
+    ),
     "removal": Objective(
         f'clip_above(without("dog"), -0.1) + clip_above(contains, -0.1) + 0.2*count + 10*{HERE_IS}:clip_as_cats',
         "no dogs, though every prompt asks for some, and as many cats in their place",
@@ -260,7 +262,7 @@ def section(name: str, runs: dict[str, dict[str, Any]]) -> str:
         mean = statistics.mean(after - before for before, after in pairs)
         cells = " | ".join(f"{shown(before)} -> {shown(after)}" for before, after in pairs)
         relative = statistics.mean(after / before - 1 for before, after in pairs) if key in FILE_SIZE else None
-        share = "" if relative is None else f" ({relative:+.0%})"
+        share = "" if relative is None else f" ({round(relative, 2) + 0.0:+.0%})"
         lines.append(f"| {words} | {cells} | {shown(mean, '+')}{share} |")
     return "\n".join([*lines, "", f"![before and after]({name}.png)", ""])
 
