@@ -34,13 +34,12 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _talks_as_before() -> Iterator[None]:
     """A command that ran in this process has set up our logger and the libraries' bars for a terminal."""
-    ours = logging.getLogger("alignprop_pipe")
-    handlers, level, propagate = ours.handlers, ours.level, ours.propagate
-    shown = warnings.showwarning
+    ours, shown = logging.getLogger("alignprop_pipe"), warnings.showwarning
+    # As after an import: a fixture of a whole file may have run a command before.
+    ours.handlers, ours.propagate = [], True
+    ours.setLevel(logging.NOTSET)
     yield
     warnings.showwarning = shown
-    ours.handlers, ours.propagate = handlers, propagate
-    ours.setLevel(level)
     for library in ("diffusers.utils.logging", "transformers.utils.logging"):
         if library in sys.modules:
             sys.modules[library]._tqdm_active = True
